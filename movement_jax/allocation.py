@@ -1,0 +1,347 @@
+"""How one target is spread over tensors: how many weights each of them drops."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from movement_jax import schedules, selection
+from movement_jax.schedules import Target
+from movement_jax.selection import Tensor
+
+
+class Allocation(Protocol):
+    """What the transformation asks of an allocation."""
+
+    def check(self, tensors: Sequence[Tensor]) -> None:
+        """Raises ``ValueError`` if the allocation does not fit these tensors."""
+        ...
+
+    def n_drop(
+        self,
+        target: Target,
+        tensors: Sequence[Tensor],
+        scores: Sequence[jax.Array],
+        kept: Sequence[jax.Array] | None,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Returns how many weights to drop in every segment.
+
+        Args:
+          target: fraction to drop overall, and how far a schedule has come.
+          tensors: what is to be pruned.
+          scores: one array per tensor.
+          kept: masks so far, if pruned weights are to stay pruned.
+
+        Returns:
+          Counts, shape ``(segments,)``, int32, and a key that hints at the threshold,
+          or None.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform:
+    """The same sparsity in every tensor.
+
+    Attributes:
+      min_keep: weights kept in every tensor (every slice of a stacked one) whatever
+        the sparsity: a count, or a fraction in (0, 1). Default 1.
+
+    Examples:
+      >>> import movement_jax as mj
+      >>> tx = mj.movement_pruning(0.9, allocation=mj.Uniform(min_keep=0.005))
+    """
+
+    min_keep: float = 1
+
+    def __post_init__(self) -> None:
+        _check_min_keep(self.min_keep)
+
+    def check(self, tensors: Sequence[Tensor]) -> None:
+        """Fits every tree."""
+        del tensors
+
+    def n_drop(
+        self,
+        target: Target,
+        tensors: Sequence[Tensor],
+        scores: Sequence[jax.Array],
+        kept: Sequence[jax.Array] | None,
+    ) -> tuple[jax.Array, None]:
+        """Rounds ``sparsity * size`` in every segment."""
+        del scores, kept
+        sizes = selection.sizes(tensors)
+        return jnp.minimum(drop_count(target, sizes), _most(sizes, self)), None
+
+
+@dataclasses.dataclass(frozen=True)
+class Global:
+    """One threshold for all tensors: the lowest scores go, wherever they are.
+
+    Tensors whose scores are small may lose nearly everything; ``min_keep`` bounds
+    that, and :func:`movement_jax.health` names the tensors that collapsed.
+
+    Attributes:
+      min_keep: weights kept in every tensor (every slice of a stacked one) whatever
+        the sparsity: a count, or a fraction in (0, 1). Default 1.
+
+    Examples:
+      >>> import movement_jax as mj
+      >>> tx = mj.movement_pruning(0.9, allocation=mj.Global(min_keep=0.01))
+    """
+
+    min_keep: float = 1
+
+    def __post_init__(self) -> None:
+        _check_min_keep(self.min_keep)
+
+    def check(self, tensors: Sequence[Tensor]) -> None:
+        """Fits every tree."""
+        del tensors
+
+    def n_drop(
+        self,
+        target: Target,
+        tensors: Sequence[Tensor],
+        scores: Sequence[jax.Array],
+        kept: Sequence[jax.Array] | None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Counts what lies below the threshold that all segments share."""
+        sizes = selection.sizes(tensors)
+        most = _most(sizes, self)
+        total = drop_count(target, sizes.sum(keepdims=True))[0]
+        total = jnp.minimum(total, int(most.sum()))
+        return selection.common_threshold(
+            scores, tensors, total, most=jnp.asarray(most), kept=kept
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ErdosRenyi:
+    r"""Smaller tensors are kept denser, large ones pruned harder.
+
+    The density of a tensor is proportional to :math:`\sum_i d_i / \prod_i d_i` over
+    its axes :math:`d_i`, capped at 1, such that the whole reaches the sparsity asked
+    for exactly.
+
+    Attributes:
+      min_keep: weights kept in every tensor (every slice of a stacked one) whatever
+        the sparsity: a count, or a fraction in (0, 1). Default 1.
+
+    Examples:
+      >>> import movement_jax as mj
+      >>> tx = mj.movement_pruning(0.9, allocation=mj.ErdosRenyi())
+
+    References:
+      Mocanu et al., 2018, `arXiv:1707.04780 <https://arxiv.org/abs/1707.04780>`_, in
+      the form for kernels of Evci et al., 2019,
+      `arXiv:1911.11134 <https://arxiv.org/abs/1911.11134>`_
+    """
+
+    min_keep: float = 1
+
+    def __post_init__(self) -> None:
+        _check_min_keep(self.min_keep)
+
+    def check(self, tensors: Sequence[Tensor]) -> None:
+        """Fits every tree."""
+        del tensors
+
+    def n_drop(
+        self,
+        target: Target,
+        tensors: Sequence[Tensor],
+        scores: Sequence[jax.Array],
+        kept: Sequence[jax.Array] | None,
+    ) -> tuple[jax.Array, None]:
+        """Solves for the scale of the densities, then rounds to the exact total."""
+        del scores, kept
+        sizes = selection.sizes(tensors)
+        total = int(sizes.sum())
+        if total > selection.MAX_COUNT:
+            raise ValueError(
+                f"`ErdosRenyi()` counts {total} weights together, more than "
+                f"{selection.MAX_COUNT}. Use `Uniform()`."
+            )
+        n_keep = total - drop_count(target, np.array([total]))[0]
+        raw = np.concatenate(
+            [np.full(t.segments, _raw_density(t), np.float64) for t in tensors]
+        )
+        # Densest first, the j-th candidate scale supposes that j tensors are full.
+        order = np.argsort(-raw, kind="stable")
+        full = np.concatenate([[0], np.cumsum(sizes[order])[:-1]])
+        open_mass = np.cumsum((raw * sizes)[order][::-1])[::-1]
+        scale = (n_keep - full) / open_mass.astype(np.float32)
+        fits = scale * raw[order].astype(np.float32) <= 1
+        scale = jnp.where(jnp.any(fits), scale[jnp.argmax(fits)], jnp.inf)
+        density = jnp.clip(scale * raw.astype(np.float32), 0, 1)
+        density = jnp.where(jnp.isinf(scale), 1, density)
+        wanted = jnp.round(density * sizes.astype(np.float32)).astype(jnp.int32)
+
+        least = sizes - _most(sizes, self)
+        wanted = jnp.clip(wanted, least, sizes)
+        wanted = _pour(n_keep - wanted.sum(), wanted, sizes)
+        wanted = wanted - _pour(wanted.sum() - n_keep, 0 * wanted, wanted - least)
+        return (sizes - wanted).astype(jnp.int32), None
+
+
+@dataclasses.dataclass(frozen=True)
+class PerPath:
+    """A sparsity of its own for every tensor whose path matches a pattern.
+
+    The first pattern that is found in the path wins; tensors that match none take
+    the overall sparsity. While a schedule of this package rises, each rule rises with
+    it in proportion; otherwise rules hold in full.
+
+    Attributes:
+      rules: ``{regular expression: sparsity}``.
+      min_keep: weights kept in every tensor (every slice of a stacked one) whatever
+        the sparsity: a count, or a fraction in (0, 1). Default 1.
+
+    Raises:
+      ValueError: at ``init``, if a pattern matches no prunable path.
+
+    Examples:
+      >>> import movement_jax as mj
+      >>> rules = {"attention": 0.5, "mlp/.*kernel": 0.95}
+      >>> tx = mj.movement_pruning(0.8, allocation=mj.PerPath(rules))
+    """
+
+    rules: Mapping[str, float] | tuple[tuple[str, float], ...]
+    min_keep: float = 1
+
+    def __post_init__(self) -> None:
+        _check_min_keep(self.min_keep)
+        rules = self.rules
+        items = tuple(rules.items() if isinstance(rules, Mapping) else rules)
+        for pattern, value in items:
+            schedules.check_sparsity(f"rules[{pattern!r}]", value)
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"`rules` has no regular expression: {pattern!r} ({error})."
+                ) from None
+        object.__setattr__(self, "rules", items)
+
+    def check(self, tensors: Sequence[Tensor]) -> None:
+        """Every pattern must be found in some path, and be the first for one."""
+        used = {self._rule(t.name) for t in tensors}
+        unused = [p for i, (p, _) in enumerate(self.rules) if i not in used]
+        if unused:
+            listing = "\n  ".join(t.name for t in tensors[:20])
+            raise ValueError(
+                f"`PerPath` has patterns that decide nothing: {unused}. They are found "
+                "in no prunable path, or an earlier pattern wins in all of theirs. "
+                f"Prunable paths:\n  {listing}"
+            )
+
+    def n_drop(
+        self,
+        target: Target,
+        tensors: Sequence[Tensor],
+        scores: Sequence[jax.Array],
+        kept: Sequence[jax.Array] | None,
+    ) -> tuple[jax.Array, None]:
+        """Rounds ``sparsity * size`` in every segment, each with its own sparsity."""
+        del scores, kept
+        counts = []
+        for tensor in tensors:
+            level, rule = target, self._rule(tensor.name)
+            if rule is not None:
+                final = self.rules[rule][1]
+                level = Target(final * target.progress, final, target.progress)
+            counts.append(drop_count(level, selection.sizes([tensor])))
+        sizes = selection.sizes(tensors)
+        return jnp.minimum(jnp.concatenate(counts), _most(sizes, self)), None
+
+    def _rule(self, name: str) -> int | None:
+        for i, (pattern, _) in enumerate(self.rules):
+            if re.search(pattern, name):
+                return i
+        return None
+
+
+def drop_count(target: Target, sizes: np.ndarray) -> jax.Array:
+    """``round_half_even(sparsity * size)``, exact for every size.
+
+    A float32 product is off by one above 2**24 weights. A Python sparsity is rounded
+    on the host in float64; a traced one is multiplied in integers, exactly.
+
+    Args:
+      target: a fraction in [0, 1].
+      sizes: static sizes below 2**31. Shape ``(n,)``.
+
+    Returns:
+      Counts, shape ``(n,)``, int32.
+    """
+    sparsity, final, progress = target
+    if isinstance(sparsity, int | float):
+        return jnp.asarray([round(sparsity * int(n)) for n in sizes], jnp.int32)
+    count = _traced_drop_count(sparsity, sizes)
+    if final is None:
+        return count
+    return jnp.where(progress >= 1, drop_count(Target(final), sizes), count)
+
+
+def _traced_drop_count(sparsity: jax.Array, sizes: np.ndarray) -> jax.Array:
+    if sparsity.dtype == jnp.float64:
+        return jnp.round(sparsity * sizes).astype(jnp.int32)
+    # The fraction as three 16-bit digits, times a size of two: below 2**-24 a float32
+    # has more, which no size below 2**31 can tell from nothing.
+    rest = sparsity.astype(jnp.float32) * 65536
+    digits = []
+    for _ in range(3):
+        digit = jnp.floor(rest)
+        digits.append(digit.astype(jnp.uint32))
+        rest = (rest - digit) * 65536
+    low, high = (sizes & 0xFFFF).astype(np.uint32), (sizes >> 16).astype(np.uint32)
+    # Columns of the schoolbook product, from 2**-48 up.
+    columns = [jnp.zeros(sizes.shape, jnp.uint32)] * 6
+    for place, digit in enumerate(reversed(digits)):
+        for shift, part in ((0, low), (1, high)):
+            product = digit * part
+            columns[place + shift] += product & 0xFFFF
+            columns[place + shift + 1] += product >> 16
+    carry = jnp.zeros(sizes.shape, jnp.uint32)
+    for i, column in enumerate(columns):
+        column += carry
+        columns[i], carry = column & 0xFFFF, column >> 16
+    whole = columns[3] + (columns[4] << 16)
+    half = columns[2] == 0x8000
+    beyond = (columns[0] | columns[1]) != 0
+    up = (columns[2] > 0x8000) | (half & (beyond | (whole & 1 == 1)))
+    count = (whole + up).astype(jnp.int32)
+    return jnp.where(sparsity >= 1, sizes.astype(np.int32), count)
+
+
+def _raw_density(tensor: Tensor) -> float:
+    dims = tensor.shape[tensor.stacked :]
+    return sum(dims) / max(tensor.size, 1)
+
+
+def _pour(amount: jax.Array, level: jax.Array, limit: Any) -> jax.Array:
+    """Raises ``level`` towards ``limit`` from the front, by ``amount`` in total."""
+    room = limit - level
+    before = jnp.cumsum(room) - room
+    return level + jnp.clip(amount - before, 0, room).astype(level.dtype)
+
+
+def _most(sizes: np.ndarray, allocation: Any) -> np.ndarray:
+    least = allocation.min_keep
+    least = np.ceil(sizes * least) if isinstance(least, float) else least
+    return np.maximum(sizes - least, 0).astype(np.int32)
+
+
+def _check_min_keep(value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"`min_keep` must be a number, got {value!r}.")
+    if isinstance(value, float) and not 0 < value < 1 or value < 0:
+        raise ValueError(
+            "`min_keep` must be a count of at least 0 or a fraction in (0, 1), got "
+            f"{value}."
+        )

@@ -1,0 +1,365 @@
+"""What a weight is worth: criteria that turn a training run into scores.
+
+A criterion is any hashable object with the three methods of :class:`Criterion`.
+"""
+
+import dataclasses
+import math
+import zlib
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from movement_jax import tree as _tree
+
+
+@runtime_checkable
+class Criterion(Protocol):
+    """What the transformation asks of a criterion.
+
+    All trees have the structure of the params, with ``optax.MaskedNode`` in place of
+    the leaves that stay dense, so ``jax.tree.map`` visits the prunable leaves only.
+
+    A class may set ``needs_gradients = True`` (default False) to be given gradients,
+    and ``accumulates = False`` (default True) if its scores mean something before the
+    first update.
+    """
+
+    def init(self, params: Any) -> Any:
+        """Returns the criterion's state for ``params``, in fresh buffers."""
+        ...
+
+    def update(self, state: Any, *, params: Any, grads: Any, new_params: Any) -> Any:
+        """Returns the state after one optimizer step.
+
+        Args:
+          state: as returned by ``init`` or the previous ``update``.
+          params: the weights at which ``grads`` were taken.
+          grads: raw gradients, or None where there are none.
+          new_params: the weights after the step.
+        """
+        ...
+
+    def scores(self, state: Any, params: Any) -> Any:
+        """Returns one float32 per weight; the highest are kept."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class EmaMagnitude:
+    r"""Running average of the weights' magnitude.
+
+    After every optimizer step :math:`S \leftarrow \beta S + (1-\beta)|W|`, from
+    :math:`S=0`. With :math:`\beta=0.9` a step is half forgotten after 6.6 steps, and
+    the ranking is close to that of :class:`Magnitude`; a long half-life remembers
+    where the weights came from.
+
+    Attributes:
+      decay: :math:`\beta`, in [0, 1). Default 0.9.
+      half_life: the same as a number of steps, :math:`\beta = 2^{-1/h}`. Give one of
+        the two.
+
+    Raises:
+      ValueError: if both are given, or one is out of range.
+
+    Examples:
+      >>> import movement_jax as mj
+      >>> mj.EmaMagnitude()
+      EmaMagnitude(decay=0.9, half_life=None)
+      >>> round(mj.EmaMagnitude(half_life=100).decay, 5)
+      0.99309
+    """
+
+    decay: float | None = None
+    half_life: float | None = None
+    needs_gradients: ClassVar[bool] = False
+    accumulates: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.decay is not None and self.half_life is not None:
+            if self.decay != _decay_of(self.half_life):
+                raise ValueError(
+                    "`EmaMagnitude` takes `decay` or `half_life`, not both: got "
+                    f"decay={self.decay}, half_life={self.half_life}."
+                )
+            return
+        decay = 0.9 if self.decay is None else self.decay
+        if self.half_life is not None:
+            decay = _decay_of(self.half_life)
+        _check_fraction("decay", decay)
+        object.__setattr__(self, "decay", float(decay))
+
+    def init(self, params: Any) -> Any:
+        """Zeros like ``params``, float32."""
+        return _zeros(params)
+
+    def update(self, state: Any, *, params: Any, grads: Any, new_params: Any) -> Any:
+        """One step of the running average."""
+        del params, grads
+        decay = self.decay
+        assert decay is not None
+
+        def average(score: jax.Array, weight: jax.Array) -> jax.Array:
+            return decay * score + (1 - decay) * jnp.abs(_f32(weight))
+
+        return jax.tree.map(average, state, new_params)
+
+    def scores(self, state: Any, params: Any) -> Any:
+        """The running average."""
+        del params
+        return state
+
+
+@dataclasses.dataclass(frozen=True)
+class Magnitude:
+    r"""Magnitude of the weights as they are now, :math:`S = |W|`. Keeps no state.
+
+    Examples:
+      >>> import jax.numpy as jnp, movement_jax as mj
+      >>> print(mj.Magnitude().scores((), jnp.array([-2.0, 1.0])))
+      [2. 1.]
+
+    References:
+      Han et al., *Learning both Weights and Connections for Efficient Neural
+      Networks*, 2015, `arXiv:1506.02626 <https://arxiv.org/abs/1506.02626>`_
+    """
+
+    needs_gradients: ClassVar[bool] = False
+    accumulates: ClassVar[bool] = False
+
+    def init(self, params: Any) -> Any:
+        """No state."""
+        del params
+        return ()
+
+    def update(self, state: Any, *, params: Any, grads: Any, new_params: Any) -> Any:
+        """No state."""
+        del params, grads, new_params
+        return state
+
+    def scores(self, state: Any, params: Any) -> Any:
+        """``|W|`` in float32."""
+        del state
+        return jax.tree.map(lambda weight: jnp.abs(_f32(weight)), params)
+
+
+class MovementScores(NamedTuple):
+    """State of :class:`Movement`.
+
+    Attributes:
+      values: the scores. Like params, float32.
+      optimizer_state: state of the optimizer that trains them.
+    """
+
+    values: Any
+    optimizer_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Movement:
+    r"""Hard movement pruning: weights that training moves away from zero are kept.
+
+    The scores are trained beside the weights. With :math:`G` the gradient at the
+    masked weights, the gradient of the scores is :math:`W \odot G` for all entries
+    (straight-through), so the score of a weight rises while training moves it away
+    from zero. It needs the raw gradients, so the transformation wraps the optimizer:
+    ``movement_pruning(schedule, Movement(), inner=optax.adamw(3e-5), regrow=True)``.
+
+    Attributes:
+      optimizer: any optax transformation to train the scores with. Default
+        ``optax.adam(learning_rate)``, as the paper's authors run it.
+        ``optax.sgd(1.0)`` gives the plain sum that the paper writes.
+      learning_rate: of the default Adam; a number or a schedule. Default 1e-2.
+
+    Raises:
+      ValueError: if both are given, or the learning rate is not positive.
+
+    Examples:
+      >>> import optax, movement_jax as mj
+      >>> mj.Movement()
+      Movement(optimizer=None, learning_rate=0.01)
+      >>> tx = mj.movement_pruning(
+      ...     mj.cubic(0.9, begin=100, end=900), mj.Movement(),
+      ...     inner=optax.adamw(3e-5), regrow=True)
+
+    References:
+      Sanh, Wolf, Rush, *Movement Pruning: Adaptive Sparsity by Fine-Tuning*, 2020,
+      `arXiv:2005.07683 <https://arxiv.org/abs/2005.07683>`_
+    """
+
+    optimizer: optax.GradientTransformation | None = None
+    learning_rate: optax.ScalarOrSchedule | None = None
+    needs_gradients: ClassVar[bool] = True
+    accumulates: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.optimizer is not None:
+            if self.learning_rate is not None:
+                raise ValueError(
+                    "`Movement` takes `optimizer` or `learning_rate`, not both: give "
+                    "the learning rate to the optimizer, as in "
+                    "`Movement(optax.sgd(0.1))`."
+                )
+            if not hasattr(self.optimizer, "update"):
+                raise TypeError(
+                    "`optimizer` must be an optax transformation, got "
+                    f"{self.optimizer!r}. For a learning rate write "
+                    "`Movement(learning_rate=1e-2)`."
+                )
+            return
+        rate = 1e-2 if self.learning_rate is None else self.learning_rate
+        if isinstance(rate, int | float) and not (rate > 0 and math.isfinite(rate)):
+            raise ValueError(f"`learning_rate` must be positive, got {rate}.")
+        object.__setattr__(self, "learning_rate", rate)
+
+    def init(self, params: Any) -> MovementScores:
+        """Zero scores and the state of their optimizer."""
+        values = _zeros(params)
+        return MovementScores(values, self._optimizer().init(values))
+
+    def update(
+        self, state: MovementScores, *, params: Any, grads: Any, new_params: Any
+    ) -> MovementScores:
+        """One optimizer step on the scores, with gradient ``W * G``."""
+        del new_params
+        gradient = jax.tree.map(_saliency, params, grads)
+        updates, optimizer_state = self._optimizer().update(
+            gradient, state.optimizer_state, state.values
+        )
+        values = optax.apply_updates(state.values, updates)
+        return MovementScores(values, optimizer_state)
+
+    def scores(self, state: MovementScores, params: Any) -> Any:
+        """The trained scores."""
+        del params
+        return state.values
+
+    def _optimizer(self) -> optax.GradientTransformation:
+        if self.optimizer is not None:
+            return self.optimizer
+        assert self.learning_rate is not None
+        return optax.adam(self.learning_rate)
+
+
+@dataclasses.dataclass(frozen=True)
+class Taylor:
+    r"""First-order change of the loss if the weight were zero, with momentum.
+
+    :math:`S \leftarrow \mu S + |W \odot G|`. It needs the raw gradients, so the
+    transformation wraps the optimizer (``inner=``).
+
+    Attributes:
+      momentum: :math:`\mu`, in [0, 1). 0 gives the saliency of the last batch alone.
+
+    Examples:
+      >>> import optax, movement_jax as mj
+      >>> tx = mj.movement_pruning(0.5, mj.Taylor(), inner=optax.sgd(0.1))
+
+    References:
+      Molchanov et al., *Pruning Convolutional Neural Networks for Resource Efficient
+      Inference*, 2016, `arXiv:1611.06440 <https://arxiv.org/abs/1611.06440>`_
+    """
+
+    momentum: float = 0.9
+    needs_gradients: ClassVar[bool] = True
+    accumulates: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_fraction("momentum", self.momentum)
+
+    def init(self, params: Any) -> Any:
+        """Zeros like ``params``, float32."""
+        return _zeros(params)
+
+    def update(self, state: Any, *, params: Any, grads: Any, new_params: Any) -> Any:
+        """Adds this step's saliency."""
+        del new_params
+
+        def add(score: jax.Array, weight: jax.Array, grad: jax.Array) -> jax.Array:
+            return self.momentum * score + jnp.abs(_saliency(weight, grad))
+
+        return jax.tree.map(add, state, params, grads)
+
+    def scores(self, state: Any, params: Any) -> Any:
+        """The decayed sum of saliencies."""
+        del params
+        return state
+
+
+@dataclasses.dataclass(frozen=True)
+class Random:
+    """Seeded noise: the baseline that every criterion has to beat. Keeps no state.
+
+    A weight's score depends on the seed, its path and its index alone, so the masks
+    of a rising schedule are nested and the same on every device.
+
+    Attributes:
+      seed: any integer.
+
+    Examples:
+      >>> import jax.numpy as jnp, movement_jax as mj
+      >>> scores = mj.Random(seed=1).scores((), {"kernel": jnp.zeros((2, 2))})
+      >>> scores["kernel"].shape
+      (2, 2)
+    """
+
+    seed: int = 0
+    needs_gradients: ClassVar[bool] = False
+    accumulates: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(
+                f"`seed` must be an integer, got {self.seed!r}. For example `Random(0)`"
+            )
+
+    def init(self, params: Any) -> Any:
+        """No state."""
+        del params
+        return ()
+
+    def update(self, state: Any, *, params: Any, grads: Any, new_params: Any) -> Any:
+        """No state."""
+        del params, grads, new_params
+        return state
+
+    def scores(self, state: Any, params: Any) -> Any:
+        """Uniform noise in [0, 1)."""
+        del state
+
+        def noise(path: Any, weight: jax.Array) -> jax.Array:
+            name = _tree.path_name(path).encode()
+            key = jax.random.fold_in(jax.random.key(self.seed), zlib.crc32(name))
+            drawn = jax.random.uniform(key, weight.shape, jnp.float32)
+            return jnp.where(True, drawn, _f32(weight))  # takes the weight's sharding
+
+        return jax.tree_util.tree_map_with_path(noise, params)
+
+
+def _zeros(params: Any) -> Any:
+    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), params)
+
+
+def _f32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32)
+
+
+def _saliency(weight: jax.Array, grad: jax.Array) -> jax.Array:
+    return _f32(weight) * _f32(grad)
+
+
+def _decay_of(half_life: float) -> float:
+    if not (half_life > 0 and math.isfinite(half_life)):
+        raise ValueError(
+            f"`half_life` is a number of steps and must be positive, got {half_life}."
+        )
+    return float(0.5 ** (1 / half_life))
+
+
+def _check_fraction(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"`{name}` must be a number in [0, 1), got {value!r}.")
+    if not 0 <= value < 1:
+        raise ValueError(f"`{name}` must be in [0, 1), got {value}.")

@@ -1,0 +1,182 @@
+"""What is carried from step to step, and how it is found inside any optimizer state."""
+
+import dataclasses
+import re
+from typing import Any, NamedTuple
+
+import jax
+
+from movement_jax import selection
+from movement_jax import tree as _tree
+from movement_jax.allocation import Allocation
+from movement_jax.criteria import Criterion
+
+# These optimizers evaluate the model at other weights than those they step from.
+_OTHER_PARAMS = {"ScheduleFreeState": "schedule_free", "MechanicState": "mechanize"}
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class PruningConfig:
+    """What a :class:`MovementState` was made with; static, without arrays.
+
+    Attributes:
+      criterion: what a weight is worth.
+      allocation: how the target is spread over tensors.
+      regrow: whether pruned weights keep their dense value and may come back.
+      stacked: regular expression for paths whose leading axis indexes layers.
+      prunable: the regular expression that selected the tensors, if one was given.
+      finalized: whether :func:`movement_jax.finalize` has fixed the masks.
+    """
+
+    criterion: Criterion
+    allocation: Allocation
+    regrow: bool = False
+    stacked: str | None = None
+    prunable: str | None = None
+    finalized: bool = False
+
+
+class Events(NamedTuple):
+    """What happened along the way, for :func:`movement_jax.health` and loggers.
+
+    Attributes:
+      skipped: steps left out because gradients or updates were not finite. Shape
+        ``()``, int32.
+      refused: mask changes refused because the sparsity asked for was NaN or outside
+        [0, 1], or nothing was scored. Shape ``()``, int32.
+      changes: times the masks changed. Shape ``()``, int32.
+      churn: fraction of the weights whose mask flipped at the last change beyond what
+        the change of sparsity explains. 0 unless ``regrow``. Shape ``()``, float32.
+    """
+
+    skipped: jax.Array
+    refused: jax.Array
+    changes: jax.Array
+    churn: jax.Array
+
+
+class Tracked(NamedTuple):
+    """Extra measurements, opted in because they cost memory; ``()`` where not.
+
+    Attributes:
+      start: the weights at ``init``. Like params.
+      mean: running average of the weights. Like params, float32.
+      variance: running average per tensor of the mean square deviation from ``mean``
+        before bias correction. Shapes ``()``, float32.
+    """
+
+    start: Any = ()
+    mean: Any = ()
+    variance: Any = ()
+
+
+class MovementState(NamedTuple):
+    """State of :func:`movement_jax.movement_pruning`.
+
+    Trees have ``optax.MaskedNode`` in place of leaves that stay dense.
+
+    Attributes:
+      step: optimizer steps scored so far; bad steps do not count. Shape ``()``, int32.
+      scores: state of the criterion; for most, a tree like params in float32.
+      masks: True where a weight is kept. Like params, bool.
+      sparsity: fraction asked for at the last mask change. Shape ``()``, float32.
+      events: what happened along the way.
+      tracked: extra measurements.
+      config: what the transformation was made with; no arrays.
+      inner_state: state of the wrapped optimizer, or ``optax.EmptyState()``.
+    """
+
+    step: jax.Array
+    scores: Any
+    masks: Any
+    sparsity: jax.Array
+    events: Events
+    tracked: Tracked
+    config: PruningConfig
+    inner_state: Any
+
+
+def find_state(opt_state: Any) -> MovementState:
+    """Finds the one :class:`MovementState` inside an optimizer state.
+
+    It is found through ``optax.chain``, ``named_chain``, ``partition``, ``masked``,
+    ``inject_hyperparams``, ``apply_if_finite``, ``MultiSteps`` and every other wrapper
+    whose state is a pytree.
+
+    Args:
+      opt_state: an optimizer state, or a tree that holds one.
+
+    Raises:
+      ValueError: if there is none, or more than one.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, movement_jax as mj
+      >>> tx = optax.chain(optax.adam(1e-3), mj.movement_pruning())
+      >>> state = mj.find_state(tx.init({"kernel": jnp.ones((2, 2))}))
+      >>> print(state.step)
+      0
+    """
+    found = [x for x in jax.tree.leaves(opt_state, is_leaf=_is_state) if _is_state(x)]
+    found += [inner for x in found for inner in _inner_states(x)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(
+            f"Found {len(found)} `movement_pruning` states in the optimizer state. Use "
+            "one `movement_pruning` for the whole model: `prunable=` says what it "
+            "prunes, and `allocation=PerPath({...})` gives parts their own sparsity."
+        )
+    raise ValueError(
+        "Found no `movement_pruning` state in the optimizer state. Make the optimizer "
+        "with `optax.chain(optax.adamw(...), movement_pruning())`. (`optax.flatten` "
+        "hides it; put `movement_pruning` outside of it.)"
+    )
+
+
+def replace_state(opt_state: Any, new: MovementState) -> Any:
+    """Returns ``opt_state`` with its :class:`MovementState` replaced by ``new``."""
+    return jax.tree.map(
+        lambda x: new if _is_state(x) else x, opt_state, is_leaf=_is_state
+    )
+
+
+def check_trained_params(opt_state: Any) -> None:
+    """Refuses optimizers that step other params than the ones they show."""
+
+    def visit(node: Any) -> bool:
+        name = _OTHER_PARAMS.get(type(node).__name__)
+        if name:
+            raise ValueError(
+                f"`optax.contrib.{name}` keeps the weights it trains in its own state, "
+                "and masking the params it shows would not last. Prune without it."
+            )
+        return False
+
+    jax.tree.leaves(opt_state, is_leaf=visit)
+
+
+def tensors_of(state: MovementState) -> list[selection.Tensor]:
+    """The tensors that a state prunes, in flatten order."""
+    return tensors_in(state.masks, state.config.stacked)
+
+
+def tensors_in(tree: Any, stacked: str | None) -> list[selection.Tensor]:
+    """The tensors of a tree with holes, in flatten order."""
+    return [
+        selection.Tensor(
+            name,
+            tuple(leaf.shape),
+            int(stacked is not None and re.search(stacked, name) is not None),
+        )
+        for name, leaf in _tree.named_leaves(tree)
+    ]
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, MovementState)
+
+
+def _inner_states(state: MovementState) -> list[MovementState]:
+    leaves = jax.tree.leaves(state.inner_state, is_leaf=_is_state)
+    return [x for x in leaves if _is_state(x)]

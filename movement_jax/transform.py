@@ -1,0 +1,437 @@
+"""The optax transformation: how a training step scores weights and keeps masks true."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from movement_jax import schedules, selection
+from movement_jax import tree as _tree
+from movement_jax.allocation import Allocation, Uniform
+from movement_jax.criteria import Criterion, EmaMagnitude
+from movement_jax.state import (
+    Events,
+    MovementState,
+    PruningConfig,
+    Tracked,
+    tensors_in,
+    tensors_of,
+)
+
+_NOISE_DECAY = 0.9  # for criteria that have no memory of their own
+
+
+def movement_pruning(
+    sparsity: optax.ScalarOrSchedule | None = None,
+    criterion: Criterion = EmaMagnitude(),
+    *,
+    allocation: Allocation = Uniform(),
+    prunable: Any = None,
+    stacked: str | None = None,
+    regrow: bool = False,
+    inner: optax.GradientTransformation | None = None,
+    check_finite: bool = True,
+    track_start: bool = False,
+    track_noise: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scores every weight at every step, and keeps pruned weights at zero.
+
+    Goes last in a chain, or around an optimizer with ``inner=``. It rewrites the
+    update of a pruned weight :math:`w` to :math:`-w`, so that ``apply_updates`` gives
+    exactly 0.0 whatever momentum and weight decay do. A step whose gradients or
+    updates are not finite changes neither scores nor masks; no score is ever NaN.
+
+    Masks change at the start of an update, from the scores that enter it, such that
+    after ``k`` updates the sparsity is ``sparsity(k)``. With ``regrow=True`` they
+    change at its end, from the scores that leave it.
+
+    Args:
+      sparsity: fraction of the prunable weights to drop, in [0, 1]: None to only
+        track (prune with :func:`movement_jax.prune`), a number, a schedule such as
+        :func:`movement_jax.cubic`, or any optax schedule (wrapped in
+        :class:`movement_jax.Stepwise` to change masks every few steps only).
+      criterion: what a weight is worth.
+      allocation: how the target is spread over tensors.
+      prunable: which leaves: None for kernels and weight matrices, a regular
+        expression searched for in the ``/``-joined path, or a tree of bools like
+        params or a prefix of it.
+      stacked: regular expression for the paths of scan-stacked kernels
+        ``(layers, in, out)``, whose layers are ranked separately.
+      regrow: keep pruned weights at their dense value, so that they can come back.
+        Then evaluate and differentiate the model at
+        :func:`movement_jax.effective_params`.
+      inner: optimizer to wrap, for criteria that need raw gradients.
+      check_finite: look at all updates (and gradients) before each step, so that a bad
+        step changes nothing at all. False saves the optimizer the trip through memory
+        that this takes; then only the scores that would not be finite stay as they
+        were. Do so inside ``optax.apply_if_finite``, which checks by itself.
+      track_start: keep a copy of the initial weights, for
+        :func:`movement_jax.health` to report how far training moved.
+      track_noise: keep a running mean of every weight (float32), for
+        :func:`movement_jax.health` to report the signal-to-noise ratio.
+
+    Returns:
+      A transformation whose ``update`` requires ``params``. Its state is a
+      :class:`MovementState`.
+
+    Raises:
+      ValueError: if the criterion needs gradients and there is no ``inner``, if
+        ``sparsity`` is out of range, or, at ``init``, if nothing is prunable.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, movement_jax as mj
+      >>> tx = optax.chain(optax.sgd(0.1), mj.movement_pruning(0.5, mj.Magnitude()))
+      >>> params = {"kernel": jnp.array([[3.0, -0.1], [0.2, -4.0]])}
+      >>> grads = {"kernel": jnp.zeros((2, 2))}
+      >>> updates, state = tx.update(grads, tx.init(params), params)
+      >>> print(optax.apply_updates(params, updates)["kernel"])
+      [[ 3.  0.]
+       [ 0. -4.]]
+
+    References:
+      Sanh, Wolf, Rush, *Movement Pruning: Adaptive Sparsity by Fine-Tuning*, 2020,
+      `arXiv:2005.07683 <https://arxiv.org/abs/2005.07683>`_
+    """
+    _check_arguments(sparsity, criterion, allocation, inner)
+    config = PruningConfig(
+        criterion=criterion,
+        allocation=allocation,
+        regrow=bool(regrow),
+        stacked=stacked,
+        prunable=prunable if isinstance(prunable, str) else None,
+    )
+    wrapped = optax.with_extra_args_support(inner or optax.identity())
+
+    def init_fn(params: optax.Params) -> MovementState:
+        weights = _tree.select(params, prunable)
+        if jax.tree.leaves(weights):
+            _check_stacked(stacked, weights)
+            allocation.check(tensors_in(weights, stacked))
+        return MovementState(
+            step=jnp.zeros([], jnp.int32),
+            scores=criterion.init(weights),
+            masks=jax.tree.map(lambda w: jnp.ones_like(w, dtype=bool), weights),
+            sparsity=jnp.zeros([], jnp.float32),
+            events=Events(
+                *(jnp.zeros([], jnp.int32) for _ in range(3)),
+                churn=jnp.zeros([], jnp.float32),
+            ),
+            tracked=_start_tracking(weights, track_start, track_noise),
+            config=config,
+            inner_state=wrapped.init(params),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: MovementState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, MovementState]:
+        if params is None:
+            raise ValueError(
+                "`movement_pruning` reads the weights: call "
+                "`tx.update(updates, state, params)`, got params=None."
+            )
+        weights = _tree.punch(state.masks, params, "params")
+        grads = None if inner is None else _tree.punch(state.masks, updates, "updates")
+        finite = _all_finite(updates) if check_finite else jnp.bool_(True)
+        if inner is not None:
+            updates = _keep(state.masks, updates)
+        updates, inner_state = wrapped.update(
+            updates, state.inner_state, params, **extra_args
+        )
+        if inner is not None and check_finite:
+            finite &= _all_finite(updates)
+        _tree.punch(state.masks, updates, "updates")
+        state = state._replace(inner_state=inner_state)
+
+        if state.config.finalized:
+            return _project(state.masks, updates, params), state
+
+        if not state.config.regrow:
+            state = _on_schedule(state, weights, sparsity, finite)
+            updates = _project(state.masks, updates, params)
+        else:
+            updates = _keep(state.masks, updates)
+        new_weights = _apply(state.masks, params, updates)
+        state = _score(state, weights, grads, new_weights, finite)
+        if state.config.regrow:
+            state = _on_schedule(state, new_weights, sparsity, finite)
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def change_masks(state: MovementState, weights: Any, target: schedules.Target) -> Any:
+    """Masks at the given sparsity, from the scores in ``state``.
+
+    Args:
+      state: as carried by the optimizer.
+      weights: params with holes like ``state.masks``.
+      target: fraction to drop, and how far a schedule has come.
+
+    Returns:
+      New masks, like ``state.masks``.
+    """
+    scores = state.config.criterion.scores(state.scores, weights)
+    kept = None if state.config.regrow else state.masks
+    return masks_from(scores, state, target, kept)
+
+
+def masks_from(
+    scores: Any, state: MovementState, target: schedules.Target, kept: Any = None
+) -> Any:
+    """Masks of the highest of any scores, spread as ``state`` is configured to.
+
+    Args:
+      scores: tree like ``state.masks``.
+      state: gives the allocation and the stacked paths.
+      target: fraction to drop, and how far a schedule has come.
+      kept: masks that may only shrink, or None.
+
+    Returns:
+      New masks, like ``state.masks``.
+    """
+    tensors = tensors_of(state)
+    if not tensors:
+        return state.masks
+    structure = jax.tree.structure(state.masks)
+    leaves = structure.flatten_up_to(scores)
+    old = None if kept is None else structure.flatten_up_to(kept)
+    n_drop, hint = state.config.allocation.n_drop(target, tensors, leaves, old)
+    new = selection.keep_masks(leaves, tensors, n_drop, kept=old, hint=hint)
+    if old is not None:
+        new = [a & b for a, b in zip(new, old)]
+    return structure.unflatten(new)
+
+
+def _on_schedule(
+    state: MovementState,
+    weights: Any,
+    sparsity: optax.ScalarOrSchedule | None,
+    finite: jax.Array,
+) -> MovementState:
+    """Changes the masks if the schedule says so, at no cost if it does not."""
+    if sparsity is None:
+        return state
+    regrow, criterion = state.config.regrow, state.config.criterion
+    # At this point of the update the step counter still tells the steps before it,
+    # except with regrow, where the step has been counted.
+    after = state.step if regrow else state.step + 1
+    if isinstance(sparsity, schedules.Polynomial):
+        target = sparsity.target(after)
+    else:
+        target = schedules.Target(sparsity(after) if callable(sparsity) else sparsity)
+    due = sparsity.due(after) if hasattr(sparsity, "due") else jnp.bool_(True)
+    asked = jnp.asarray(target.sparsity, jnp.float32)
+    valid = (asked >= 0) & (asked <= 1)
+    scored = (state.step > 0) | (not getattr(criterion, "accumulates", True))
+    changes = finite & due & scored
+    if not regrow:
+        changes &= ~(asked <= state.sparsity)
+
+    def change(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        _, masks, _ = carry
+        new = change_masks(state._replace(masks=masks), weights, target)
+        churn = _churn(masks, new) if regrow else state.events.churn
+        return jnp.bool_(False), new, churn
+
+    # A loop of zero or one trips: its carry is aliased, so that steps which do not
+    # prune touch neither masks nor scores. A conditional copies both.
+    _, masks, churn = lax.while_loop(
+        lambda carry: carry[0],
+        change,
+        (changes & valid, state.masks, state.events.churn),
+    )
+    done = (changes & valid).astype(jnp.int32)
+    events = state.events._replace(
+        refused=state.events.refused + (changes & ~valid).astype(jnp.int32),
+        changes=state.events.changes + done,
+        churn=churn,
+    )
+    reached = jnp.where(changes & valid, asked, state.sparsity)
+    return state._replace(masks=masks, sparsity=reached, events=events)
+
+
+def _score(
+    state: MovementState, weights: Any, grads: Any, new_weights: Any, finite: jax.Array
+) -> MovementState:
+    """Scores the step that was just made, unless it was a bad one."""
+
+    def accept(new: jax.Array, old: jax.Array) -> jax.Array:
+        good = finite
+        if jnp.issubdtype(old.dtype, jnp.inexact):
+            good = finite & jnp.isfinite(new)
+        return jnp.where(good, new.astype(old.dtype), old)
+
+    scores = state.config.criterion.update(
+        state.scores, params=weights, grads=grads, new_params=new_weights
+    )
+    scores = jax.tree.map(accept, scores, state.scores)
+    tracked = jax.tree.map(accept, _track(state, new_weights), state.tracked)
+    return state._replace(
+        step=jnp.where(finite, optax.safe_increment(state.step), state.step),
+        scores=scores,
+        tracked=tracked,
+        events=state.events._replace(
+            skipped=state.events.skipped + (~finite).astype(jnp.int32)
+        ),
+    )
+
+
+def _start_tracking(weights: Any, start: bool, noise: bool) -> Tracked:
+    # Copies, since the caller may donate params and optimizer state together.
+    return Tracked(
+        start=jax.tree.map(jnp.copy, weights) if start else (),
+        mean=jax.tree.map(lambda w: w.astype(jnp.float32) + 0, weights)
+        if noise
+        else (),
+        variance=jax.tree.map(lambda w: jnp.zeros([], jnp.float32), weights)
+        if noise
+        else (),
+    )
+
+
+def _track(state: MovementState, new_weights: Any) -> Tracked:
+    tracked = state.tracked
+    if isinstance(tracked.mean, tuple) and tracked.mean == ():
+        return tracked
+    decay = noise_decay(state.config.criterion)
+
+    def deviation(variance: jax.Array, mean: jax.Array, weight: jax.Array) -> jax.Array:
+        square = jnp.square(weight.astype(jnp.float32) - mean).mean()
+        return decay * variance + (1 - decay) * square
+
+    def average(mean: jax.Array, weight: jax.Array) -> jax.Array:
+        return decay * mean + (1 - decay) * weight.astype(jnp.float32)
+
+    return tracked._replace(
+        variance=jax.tree.map(deviation, tracked.variance, tracked.mean, new_weights),
+        mean=jax.tree.map(average, tracked.mean, new_weights),
+    )
+
+
+def noise_decay(criterion: Criterion) -> float:
+    """The decay of the running mean against which noise is measured."""
+    decay = getattr(criterion, "decay", None)
+    return _NOISE_DECAY if decay is None else decay
+
+
+def _project(masks: Any, updates: Any, params: Any) -> Any:
+    """Updates that bring pruned weights to exactly zero."""
+
+    def zero(mask: Any, update: Any, param: Any) -> Any:
+        if _tree.is_hole(mask):
+            return update
+        # In the wider of both dtypes: a rounded -param would not cancel.
+        dtype = jnp.promote_types(update.dtype, param.dtype)
+        return jnp.where(mask, update.astype(dtype), -param.astype(dtype))
+
+    return jax.tree.map(zero, masks, updates, params, is_leaf=_tree.is_hole)
+
+
+def _keep(masks: Any, updates: Any) -> Any:
+    """Updates that leave pruned weights where they are."""
+
+    def keep(mask: Any, update: Any) -> Any:
+        if _tree.is_hole(mask):
+            return update
+        return jnp.where(mask, update, jnp.zeros_like(update))
+
+    return jax.tree.map(keep, masks, updates, is_leaf=_tree.is_hole)
+
+
+def _apply(masks: Any, params: Any, updates: Any) -> Any:
+    """The prunable weights after the update."""
+
+    def add(mask: Any, param: Any, update: Any) -> Any:
+        return mask if _tree.is_hole(mask) else (param + update).astype(param.dtype)
+
+    return jax.tree.map(add, masks, params, updates, is_leaf=_tree.is_hole)
+
+
+def _all_finite(tree: Any) -> jax.Array:
+    checks = [
+        jnp.all(jnp.isfinite(leaf))
+        for leaf in jax.tree.leaves(tree)
+        if jnp.issubdtype(getattr(leaf, "dtype", float), jnp.inexact)
+    ]
+    return jnp.all(jnp.stack(checks)) if checks else jnp.bool_(True)
+
+
+def _churn(old: Any, new: Any) -> jax.Array:
+    """Fraction of the weights that changed places: one dropped, another revived."""
+    dropped, revived, total = jnp.float32(0), jnp.float32(0), 0
+    for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new)):
+        counts = selection.tally((a & ~b, ~a & b))
+        dropped, revived = dropped + counts[0], revived + counts[1]
+        total += a.size
+    return 2 * jnp.minimum(dropped, revived) / max(total, 1)
+
+
+def _check_arguments(
+    sparsity: Any, criterion: Any, allocation: Any, inner: Any
+) -> None:
+    if sparsity is not None and not callable(sparsity) and not _is_array(sparsity):
+        schedules.check_sparsity("sparsity", sparsity)
+        if sparsity == 1:
+            check_emptying(allocation)
+    for name, value, method in (
+        ("criterion", criterion, "scores"),
+        ("allocation", allocation, "n_drop"),
+    ):
+        if isinstance(value, type) or not hasattr(value, method):
+            raise TypeError(
+                f"`{name}` must be an object such as "
+                f"`{'EmaMagnitude()' if name == 'criterion' else 'Uniform()'}`, got "
+                f"{value!r}."
+            )
+    try:
+        hash(criterion)
+    except TypeError:
+        raise TypeError(
+            f"`criterion` must be hashable, as it is kept beside the arrays of the "
+            f"state: make {type(criterion).__name__} a `dataclass(frozen=True)` of "
+            "Python numbers."
+        ) from None
+    if inner is not None and not hasattr(inner, "update"):
+        raise TypeError(
+            f"`inner` must be an optax optimizer, got {inner!r}. For example "
+            "`movement_pruning(..., inner=optax.adamw(3e-4))`."
+        )
+    if inner is None and getattr(criterion, "needs_gradients", False):
+        name = type(criterion).__name__
+        raise ValueError(
+            f"`{name}` needs the raw gradients, which a transformation at the end of a "
+            "chain does not see. Wrap the optimizer instead: "
+            f"`movement_pruning(sparsity, {name}(), inner=optax.adamw(...))`."
+        )
+
+
+def check_emptying(allocation: Any) -> None:
+    """Refuses sparsity 1 unless it was asked for twice."""
+    if getattr(allocation, "min_keep", 0):
+        name = type(allocation).__name__
+        raise ValueError(
+            f"`sparsity`=1 would empty every tensor. If you mean it, say so with "
+            f"`allocation={name}(min_keep=0)`; else give a fraction below 1."
+        )
+
+
+def _check_stacked(stacked: str | None, weights: Any) -> None:
+    if stacked is None:
+        return
+    tensors = tensors_in(weights, stacked)
+    chosen = [t for t in tensors if t.stacked]
+    if not chosen or any(len(t.shape) < 2 for t in chosen):
+        listing = "\n  ".join(f"{t.name} {t.shape}" for t in tensors[:20])
+        raise ValueError(
+            f"`stacked`={stacked!r} must be found in the path of at least one prunable "
+            f"tensor with a leading layer axis. Prunable tensors:\n  {listing}"
+        )
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "dtype") and hasattr(value, "shape")
