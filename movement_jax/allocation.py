@@ -186,7 +186,7 @@ class ErdosRenyi:
         wanted = jnp.clip(wanted, least, sizes)
         wanted = _pour(n_keep - wanted.sum(), wanted, sizes)
         wanted = wanted - _pour(wanted.sum() - n_keep, 0 * wanted, wanted - least)
-        return (sizes - wanted).astype(jnp.int32), None
+        return jnp.asarray(sizes - wanted, jnp.int32), None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,9 +216,7 @@ class PerPath:
 
     def __post_init__(self) -> None:
         _check_min_keep(self.min_keep)
-        rules = self.rules
-        items = tuple(rules.items() if isinstance(rules, Mapping) else rules)
-        for pattern, value in items:
+        for pattern, value in self._pairs:
             schedules.check_sparsity(f"rules[{pattern!r}]", value)
             try:
                 re.compile(pattern)
@@ -226,12 +224,12 @@ class PerPath:
                 raise ValueError(
                     f"`rules` has no regular expression: {pattern!r} ({error})."
                 ) from None
-        object.__setattr__(self, "rules", items)
+        object.__setattr__(self, "rules", self._pairs)  # a dict has no hash
 
     def check(self, tensors: Sequence[Tensor]) -> None:
         """Every pattern must be found in some path, and be the first for one."""
         used = {self._rule(t.name) for t in tensors}
-        unused = [p for i, (p, _) in enumerate(self.rules) if i not in used]
+        unused = [p for i, (p, _) in enumerate(self._pairs) if i not in used]
         if unused:
             listing = "\n  ".join(t.name for t in tensors[:20])
             raise ValueError(
@@ -253,14 +251,19 @@ class PerPath:
         for tensor in tensors:
             level, rule = target, self._rule(tensor.name)
             if rule is not None:
-                final = self.rules[rule][1]
+                final = self._pairs[rule][1]
                 level = Target(final * target.progress, final, target.progress)
             counts.append(drop_count(level, selection.sizes([tensor])))
         sizes = selection.sizes(tensors)
         return jnp.minimum(jnp.concatenate(counts), _most(sizes, self)), None
 
+    @property
+    def _pairs(self) -> tuple[tuple[str, float], ...]:
+        rules = self.rules
+        return tuple(rules.items() if isinstance(rules, Mapping) else rules)
+
     def _rule(self, name: str) -> int | None:
-        for i, (pattern, _) in enumerate(self.rules):
+        for i, (pattern, _) in enumerate(self._pairs):
             if re.search(pattern, name):
                 return i
         return None
@@ -332,9 +335,9 @@ def _pour(amount: jax.Array, level: jax.Array, limit: Any) -> jax.Array:
 
 
 def _most(sizes: np.ndarray, allocation: Any) -> np.ndarray:
-    least = allocation.min_keep
-    least = np.ceil(sizes * least) if isinstance(least, float) else least
-    return np.maximum(sizes - least, 0).astype(np.int32)
+    least: int | float = allocation.min_keep
+    floor = np.ceil(sizes * least) if isinstance(least, float) else least
+    return np.maximum(sizes - floor, 0).astype(np.int32)
 
 
 def _check_min_keep(value: Any) -> None:

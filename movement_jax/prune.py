@@ -263,7 +263,7 @@ def unpack(state: Any) -> tuple[Any, Any, Callable[[Any, Any], Any]]:
             lambda params, opt_state: replace(params=params, opt_state=opt_state),
         )
     if isinstance(state, Mapping) and {"params", "opt_state"} <= set(state):
-        mapping = type(state)
+        mapping: Any = type(state)
         return (
             state["params"],
             state["opt_state"],

@@ -68,7 +68,8 @@ class Polynomial:
 
     def __call__(self, step: jax.typing.ArrayLike) -> jax.Array:
         """Sparsity after ``step`` optimizer steps. Shape ``()``, float32."""
-        t = jnp.asarray(step, jnp.float32)
+        step = jnp.asarray(step)
+        t = step.astype(jnp.float32)
         left = jnp.clip(1 - (t - self.begin) / max(self.end - self.begin, 1), 0, 1)
         rising = self.final + (self.initial - self.final) * left**self.power
         value = jnp.where(step <= self.begin, self.initial, rising)

@@ -214,9 +214,9 @@ def common_threshold(
             count_high = jnp.where(lowers, counts[:, j], count_high)
         return low, high, count_low, count_high
 
-    bounds = jnp.int32(-_TOP), jnp.int32(_TOP)
+    start: tuple[jax.Array, ...] = jnp.int32(-_TOP), jnp.int32(_TOP), 0 * most, most
     _, high, count_low, count_high = lax.while_loop(
-        lambda c: _distance(c[0], c[1]) > 1, body, (*bounds, 0 * most, most)
+        lambda c: _distance(c[0], c[1]) > 1, body, start
     )
     ties = count_high - count_low
     later = jnp.cumsum(ties[::-1])[::-1] - ties
@@ -387,7 +387,9 @@ def _spread(values: jax.Array, tensor: Tensor) -> jax.Array:
     return values.reshape(lead + (1,) * (len(tensor.shape) - tensor.stacked))
 
 
-def _per_tensor(tensors: Sequence[Tensor], *vectors: jax.Array) -> list[list]:
+def _per_tensor(
+    tensors: Sequence[Tensor], *vectors: jax.Array
+) -> list[list[jax.Array]]:
     ends = np.cumsum([t.segments for t in tensors])
     return [
         [_spread(v[end - t.segments : end], t) for t, end in zip(tensors, ends)]

@@ -117,8 +117,8 @@ def find_state(opt_state: Any) -> MovementState:
       >>> print(state.step)
       0
     """
-    found = [x for x in jax.tree.leaves(opt_state, is_leaf=_is_state) if _is_state(x)]
-    found += [inner for x in found for inner in _inner_states(x)]
+    found = _states_in(opt_state)
+    found += [y for x in found for y in _states_in(x.inner_state)]
     if len(found) == 1:
         return found[0]
     if found:
@@ -177,6 +177,6 @@ def _is_state(node: Any) -> bool:
     return isinstance(node, MovementState)
 
 
-def _inner_states(state: MovementState) -> list[MovementState]:
-    leaves = jax.tree.leaves(state.inner_state, is_leaf=_is_state)
-    return [x for x in leaves if _is_state(x)]
+def _states_in(tree: Any) -> list[MovementState]:
+    leaves = jax.tree.leaves(tree, is_leaf=_is_state)
+    return [x for x in leaves if isinstance(x, MovementState)]

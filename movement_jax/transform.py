@@ -98,13 +98,14 @@ def movement_pruning(
     config = PruningConfig(
         criterion=criterion,
         allocation=allocation,
-        regrow=bool(regrow),
+        regrow=regrow,
         stacked=stacked,
         prunable=prunable if isinstance(prunable, str) else None,
     )
     wrapped = optax.with_extra_args_support(inner or optax.identity())
 
-    def init_fn(params: optax.Params) -> MovementState:
+    # optax's own type of a state has no place for the static `config`: hence Any.
+    def init_fn(params: optax.Params) -> Any:
         weights = _tree.select(params, prunable)
         if jax.tree.leaves(weights):
             _check_stacked(stacked, weights)
@@ -115,7 +116,9 @@ def movement_pruning(
             masks=jax.tree.map(lambda w: jnp.ones_like(w, dtype=bool), weights),
             sparsity=jnp.zeros([], jnp.float32),
             events=Events(
-                *(jnp.zeros([], jnp.int32) for _ in range(3)),
+                skipped=jnp.zeros([], jnp.int32),
+                refused=jnp.zeros([], jnp.int32),
+                changes=jnp.zeros([], jnp.int32),
                 churn=jnp.zeros([], jnp.float32),
             ),
             tracked=_start_tracking(weights, track_start, track_noise),
@@ -125,10 +128,10 @@ def movement_pruning(
 
     def update_fn(
         updates: optax.Updates,
-        state: MovementState,
+        state: Any,
         params: optax.Params | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, MovementState]:
+    ) -> tuple[optax.Updates, Any]:
         if params is None:
             raise ValueError(
                 "`movement_pruning` reads the weights: call "
