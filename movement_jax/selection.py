@@ -258,7 +258,8 @@ def _candidates(carry: _Search) -> tuple[jax.Array, jax.Array]:
     """Keys and index cuts to count at. Shapes ``(segments, CANDIDATES)``."""
     step = jnp.arange(1, CANDIDATES + 1, dtype=jnp.uint32)[None]
     low, high = carry.low[:, None], carry.high[:, None]
-    around = jnp.clip(carry.hint[:, None] + step.astype(jnp.int32) - 2, low, high)
+    # Short of `high`: beyond +inf nothing would be counted, and the search not end.
+    around = jnp.clip(carry.hint[:, None] + step.astype(jnp.int32) - 2, low, high - 1)
     at = jnp.where(carry.hint[:, None] > -_TOP, around, _split(low, high, step))
     ties = (carry.phase != _SEARCHING)[:, None]
     cut = _split(carry.cut_low[:, None], carry.cut_high[:, None], step)
