@@ -82,6 +82,7 @@ def keep_top(scores: jax.Array, n_keep: jax.typing.ArrayLike) -> jax.Array:
       True where a score is kept. Shape of ``scores``, bool.
 
     Raises:
+      TypeError: if ``n_keep`` is no integer.
       ValueError: if ``scores`` has more than 2**31 - 1 elements.
 
     Examples:
@@ -93,6 +94,10 @@ def keep_top(scores: jax.Array, n_keep: jax.typing.ArrayLike) -> jax.Array:
     tensor = Tensor("scores", scores.shape)
     if not tensor.size:
         return jnp.ones_like(scores, dtype=bool)
+    if not jnp.issubdtype(jnp.result_type(n_keep), jnp.integer):
+        raise TypeError(f"`n_keep` must be a count, an integer, got {n_keep}.")
+    if isinstance(n_keep, int):
+        n_keep = min(max(n_keep, 0), tensor.size)
     n_keep = jnp.clip(jnp.asarray(n_keep, jnp.int32), 0, tensor.size)
     return keep_masks([scores], [tensor], (tensor.size - n_keep)[None])[0]
 
@@ -369,7 +374,10 @@ def _dropped(
 
 def _ranked(x: jax.Array, kept: jax.Array | None) -> jax.Array:
     x = x.astype(jnp.float32)
-    return x if kept is None else jnp.where(kept, x, -jnp.inf)
+    if kept is None:
+        return x
+    # What is dropped already lies strictly below everything, also below -inf.
+    return jnp.where(kept, jnp.maximum(x, jnp.finfo(x.dtype).min), -jnp.inf)
 
 
 def _index(x: jax.Array, tensor: Tensor, one: jax.typing.ArrayLike) -> jax.Array:
