@@ -65,6 +65,12 @@ class Polynomial:
             raise ValueError(
                 f"`begin` must not come after `end`, got {self.begin} > {self.end}."
             )
+        if self.initial > self.final:
+            raise ValueError(
+                "`initial` must not exceed `final`, got "
+                f"{self.initial} > {self.final}. "
+                "For a sparsity that falls, pass an optax schedule."
+            )
 
     def __call__(self, step: jax.typing.ArrayLike) -> jax.Array:
         """Sparsity after ``step`` optimizer steps. Shape ``()``, float32."""
@@ -223,6 +229,7 @@ def _polynomial(
     initial: float,
     total_steps: int | None,
 ) -> Polynomial:
+    fraction = isinstance(every, float) and every > 0
     begin, end, every = (
         _steps(name, value, total_steps)
         for name, value in (("begin", begin), ("end", end), ("every", every))
@@ -232,7 +239,8 @@ def _polynomial(
             f"`end` must not lie beyond the run: got end={end} with total_steps="
             f"{total_steps}; the final sparsity would never be reached."
         )
-    return Polynomial(final, begin, end, max(every, 1), initial, power)
+    every = max(every, 1) if fraction else every
+    return Polynomial(final, begin, end, every, initial, power)
 
 
 def _steps(name: str, value: Any, total_steps: int | None) -> int:
