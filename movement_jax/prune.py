@@ -190,7 +190,7 @@ def sparsity_of(state: Any) -> jax.Array:
       >>> print(mj.sparsity_of(tx.init({"kernel": jnp.ones((2, 2))})))
       0.0
     """
-    masks = jax.tree.leaves(_state.find_state(state).masks)
+    masks = jax.tree.leaves(_find(state).masks)
     dropped = sum((_dropped(mask) for mask in masks), start=jnp.float32(0))
     return dropped / max(sum(mask.size for mask in masks), 1)
 
@@ -215,11 +215,11 @@ def metrics(state: Any) -> dict[str, jax.Array]:
       >>> print(logged["pruning/lowest_density"])
       1.0
     """
-    found = _state.find_state(state)
+    found = _find(state)
     masks = jax.tree.leaves(found.masks)
-    densities = [1 - _dropped(mask) / mask.size for mask in masks]
+    densities = [jnp.float32(1)] + [1 - _dropped(mask) / mask.size for mask in masks]
     values = {
-        "sparsity": sparsity_of(state),
+        "sparsity": sparsity_of(found),
         "sparsity_asked": found.sparsity,
         "lowest_density": jnp.min(jnp.stack(densities)),
         "mask_changes": found.events.changes,
@@ -229,6 +229,11 @@ def metrics(state: Any) -> dict[str, jax.Array]:
         "scored_steps": found.step,
     }
     return {f"pruning/{name}": value for name, value in values.items()}
+
+
+def _find(state: Any) -> MovementState:
+    # A dataclass that is no pytree hides its optimizer state.
+    return _state.find_state(getattr(state, "opt_state", state))
 
 
 def _dropped(mask: jax.Array) -> jax.Array:
