@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -377,10 +378,10 @@ def _churn(old: Any, new: Any) -> jax.Array:
 def _check_arguments(
     sparsity: Any, criterion: Any, allocation: Any, inner: Any
 ) -> None:
+    if isinstance(sparsity, np.generic):
+        sparsity = sparsity.item()
     if sparsity is not None and not callable(sparsity) and not _is_array(sparsity):
         schedules.check_sparsity("sparsity", sparsity)
-        if sparsity == 1:
-            check_emptying(allocation)
     for name, value, method in (
         ("criterion", criterion, "scores"),
         ("allocation", allocation, "n_drop"),
@@ -391,14 +392,17 @@ def _check_arguments(
                 f"`{'EmaMagnitude()' if name == 'criterion' else 'Uniform()'}`, got "
                 f"{value!r}."
             )
-    try:
-        hash(criterion)
-    except TypeError:
-        raise TypeError(
-            f"`criterion` must be hashable, as it is kept beside the arrays of the "
-            f"state: make {type(criterion).__name__} a `dataclass(frozen=True)` of "
-            "Python numbers."
-        ) from None
+        try:
+            hash(value)
+        except TypeError:
+            raise TypeError(
+                f"`{name}` must be hashable, as it is kept beside the arrays of the "
+                f"state: make {type(value).__name__} a `dataclass(frozen=True)` of "
+                "Python numbers."
+            ) from None
+    highest = getattr(sparsity, "final", sparsity)
+    if isinstance(highest, int | float) and highest == 1:
+        check_emptying(allocation)
     if inner is not None and not hasattr(inner, "update"):
         raise TypeError(
             f"`inner` must be an optax optimizer, got {inner!r}. For example "
