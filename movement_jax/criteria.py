@@ -210,6 +210,8 @@ class Movement:
                 )
             return
         rate = 1e-2 if self.learning_rate is None else self.learning_rate
+        if isinstance(rate, bool | str):
+            raise TypeError(f"`learning_rate` must be a number, got {rate!r}.")
         if isinstance(rate, int | float) and not (rate > 0 and math.isfinite(rate)):
             raise ValueError(f"`learning_rate` must be positive, got {rate}.")
         object.__setattr__(self, "learning_rate", rate)
@@ -351,6 +353,8 @@ def _saliency(weight: jax.Array, grad: jax.Array) -> jax.Array:
 
 
 def _decay_of(half_life: float) -> float:
+    if isinstance(half_life, bool) or not isinstance(half_life, int | float):
+        raise TypeError(f"`half_life` must be a number of steps, got {half_life!r}.")
     if not (half_life > 0 and math.isfinite(half_life)):
         raise ValueError(
             f"`half_life` is a number of steps and must be positive, got {half_life}."

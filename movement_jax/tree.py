@@ -161,7 +161,7 @@ def _select_by_name(params: Any, rule: Callable[[str, Any], bool]) -> Any:
 
 def _select_by_flags(params: Any, flags: Any) -> Any:
     for name, flag in named_leaves(flags):
-        if jnp.result_type(flag) != jnp.bool_:
+        if getattr(flag, "dtype", type(flag)) not in (bool, jnp.bool_):
             raise ValueError(
                 f"`prunable` must be a regular expression or a tree of bools, got "
                 f"{flag!r} at {name!r}."
