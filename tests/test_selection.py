@@ -1,0 +1,249 @@
+import functools
+
+import hypothesis.extra.numpy as hnp
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import movement_jax as mj
+from movement_jax import selection
+from movement_jax.selection import Tensor
+
+SMALLEST_NORMAL = np.finfo(np.float32).smallest_normal
+SPECIAL = [
+    *(0.0, -0.0, np.inf, -np.inf, np.nan, 1.0, -1.0),
+    *(1e-45, -1e-45, 1.1754942e-38, -1.1754942e-38),  # subnormals
+    *(SMALLEST_NORMAL, -SMALLEST_NORMAL),
+    *(3.4028235e38, -3.4028235e38, np.nextafter(np.float32(1), np.float32(2))),
+]
+SHAPES = [(1,), (7,), (64,), (5, 6), (2, 3, 4)]
+# Global ranking over a vector, a matrix, and a stack of two ranked layer by layer.
+TENSORS = [Tensor("a", (6,)), Tensor("b", (3, 4)), Tensor("c", (2, 3, 2), stacked=1)]
+
+keep_top = jax.jit(mj.keep_top)
+
+
+def rank_order(scores):
+    """Flat indices from the first to drop to the last; NaN are left out."""
+    x = np.asarray(scores, np.float32).ravel().astype(np.float64)
+    x[np.abs(x) < SMALLEST_NORMAL] = 0.0
+    order = np.lexsort((-np.arange(x.size), x))
+    return order[~np.isnan(x[order])]
+
+
+def oracle(scores, n_drop):
+    mask = np.ones(np.size(scores), bool)
+    mask[rank_order(scores)[: max(n_drop, 0)]] = False
+    return mask.reshape(np.shape(scores))
+
+
+@st.composite
+def score_arrays(draw, shapes=SHAPES):
+    shape = draw(st.sampled_from(shapes))
+    kind = draw(st.sampled_from(["any", "special", "few", "bfloat16", "constant"]))
+    floats = st.floats(width=32)
+    elements = {
+        "any": floats,
+        "special": st.sampled_from(SPECIAL),
+        "few": st.integers(-2, 2).map(float),
+        "bfloat16": st.floats(-2, 2, width=32),
+        "constant": floats,
+    }[kind]
+    if kind == "constant":
+        return np.full(shape, draw(st.one_of(elements, st.sampled_from(SPECIAL))))
+    scores = draw(hnp.arrays(np.float32, shape, elements=elements, fill=elements))
+    if kind == "bfloat16":
+        scores = scores.astype(ml_dtypes.bfloat16).astype(np.float32)
+    return scores
+
+
+@settings(max_examples=1500)
+@given(score_arrays(), st.floats(0, 1))
+def test_the_highest_scores_are_kept_and_ties_settled_by_index(scores, part):
+    n_keep = round(part * scores.size)
+    got = keep_top(jnp.asarray(scores, jnp.float32), n_keep)
+    np.testing.assert_array_equal(got, oracle(scores, scores.size - n_keep))
+
+
+@functools.partial(jax.jit, static_argnames="stacked")
+def drop_in_slices(scores, n_drop, hint, stacked):
+    tensor = Tensor("scores", scores.shape, stacked)
+    return selection.keep_masks([scores], [tensor], n_drop, hint=hint)[0]
+
+
+@settings(max_examples=400)
+@given(score_arrays([(2, 3, 4)]), st.lists(st.integers(0, 12), min_size=6, max_size=6))
+def test_slices_of_a_stack_are_ranked_separately(scores, n_drop):
+    for stacked, slices in ((1, 2), (2, 6)):
+        rows = scores.reshape(slices, -1)
+        counts = np.minimum(n_drop[:slices], rows.shape[1])
+        want = np.stack([oracle(r, n) for r, n in zip(rows, counts)])
+        got = drop_in_slices(jnp.asarray(scores, jnp.float32), counts, None, stacked)
+        np.testing.assert_array_equal(got, want.reshape(scores.shape))
+
+
+@settings(max_examples=600)
+@given(
+    score_arrays([(64,), (5, 6)]),
+    st.floats(0, 1),
+    st.one_of(
+        st.integers(-selection._TOP, selection._TOP),
+        st.sampled_from([-2, -1, 0, 1, 2]).map(lambda d: d + selection._TOP),
+        st.sampled_from([-2, -1, 0, 1, 2]).map(lambda d: d - selection._TOP),
+    ),
+)
+def test_a_wrong_hint_changes_no_mask(scores, part, hint):
+    n_drop = round(part * scores.size)
+    scores = jnp.asarray(scores, jnp.float32)
+    got = drop_in_slices(scores, jnp.array([n_drop]), jnp.int32(hint), 0)
+    np.testing.assert_array_equal(got, oracle(scores, n_drop))
+
+
+@jax.jit
+def drop_more(scores, kept, n_drop):
+    tensor = Tensor("scores", scores.shape)
+    return selection.keep_masks([scores], [tensor], n_drop, kept=[kept])[0] & kept
+
+
+@settings(max_examples=400)
+@given(score_arrays([(7,), (5, 6)]), st.floats(0, 1), st.integers(0, 2**32 - 1))
+def test_dropped_scores_stay_dropped_and_count(scores, part, bits):
+    kept = np.random.default_rng(bits).random(scores.shape) < 0.6
+    scores = np.where(scores == -np.inf, -1.0, scores).astype(np.float32)
+    n_drop = max(round(part * scores.size), int((~kept).sum()))
+    ranked = np.where(kept, scores, -np.inf)
+    got = drop_more(jnp.asarray(scores), kept, jnp.array([n_drop]))
+    np.testing.assert_array_equal(got, oracle(ranked, n_drop))
+
+
+def test_a_score_of_minus_infinity_does_not_take_the_place_of_a_dropped_one():
+    scores = jnp.array([1.0, 5.0, 3.0, -jnp.inf])
+    kept = jnp.array([False, True, True, True])
+    got = drop_more(scores, kept, jnp.array([1]))
+    np.testing.assert_array_equal(got, [False, True, True, True])
+
+
+@jax.jit
+def drop_globally(scores, n_drop, most):
+    counts, hint = selection.common_threshold(scores, TENSORS, n_drop, most=most)
+    return counts, selection.keep_masks(scores, TENSORS, counts, hint=hint)
+
+
+def global_oracle(segments, n_drop, most):
+    """Drops from the lowest score up, sparing the segments that gave their most."""
+    joined = np.concatenate([s.ravel() for s in segments])
+    owner = np.repeat(np.arange(len(segments)), [s.size for s in segments])
+    room, mask, left = list(most), np.ones(joined.size, bool), n_drop
+    for i in rank_order(joined):
+        if left and room[owner[i]]:
+            mask[i] = False
+            room[owner[i]] -= 1
+            left -= 1
+    return mask
+
+
+@settings(max_examples=600)
+@given(
+    score_arrays([(30,)]),
+    st.integers(0, 30),
+    st.lists(st.integers(0, 12), min_size=4, max_size=4),
+)
+def test_one_threshold_over_all_tensors_spares_what_must_be_kept(scores, n_drop, floor):
+    a, b, c = scores[:6], scores[6:18].reshape(3, 4), scores[18:].reshape(2, 3, 2)
+    segments = [a, b, c[0], c[1]]
+    most = np.array([max(s.size - f, 0) for s, f in zip(segments, floor)], np.int32)
+    n_drop = min(n_drop, int(most.sum()))
+    arrays = [jnp.asarray(x, jnp.float32) for x in (a, b, c)]
+    _, masks = drop_globally(arrays, n_drop, most)
+    got = np.concatenate([np.ravel(m) for m in masks])
+    np.testing.assert_array_equal(got, global_oracle(segments, n_drop, most))
+
+
+def test_infinite_scores_everywhere_do_not_stall_a_common_threshold():
+    arrays = [jnp.full(t.shape, jnp.inf) for t in TENSORS]
+    counts, masks = drop_globally(arrays, 15, np.array([6, 12, 6, 6], np.int32))
+    np.testing.assert_array_equal(counts, [0, 3, 6, 6])  # later segments first
+    assert sum(int(m.sum()) for m in masks) == 15
+
+
+def test_a_million_scores_with_ten_values_are_split_exactly():
+    scores = np.random.default_rng(0).integers(0, 10, (1000, 1000)).astype(np.float32)
+    for n_keep in (1, 333_333, 999_999):
+        got = keep_top(scores, n_keep)
+        np.testing.assert_array_equal(got, oracle(scores, scores.size - n_keep))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_every_float_dtype_is_split_exactly(dtype):
+    scores = jnp.asarray(np.random.default_rng(1).standard_normal((64, 64)), dtype)
+    got = mj.keep_top(scores, 410)
+    np.testing.assert_array_equal(got, oracle(np.asarray(scores, np.float32), 3686))
+
+
+@pytest.mark.parametrize("n_keep, want", [(-3, 0), (0, 0), (4, 4), (9, 4), (2**40, 4)])
+def test_a_count_outside_the_array_is_clipped(n_keep, want):
+    assert mj.keep_top(jnp.arange(4.0), n_keep).sum() == want
+
+
+def test_a_scalar_and_an_empty_array_are_handled():
+    assert mj.keep_top(jnp.float32(2.0), 1)
+    assert not mj.keep_top(jnp.float32(2.0), 0)
+    assert mj.keep_top(jnp.zeros((0, 3)), 1).shape == (0, 3)
+
+
+def test_a_fraction_instead_of_a_count_is_refused():
+    with pytest.raises(TypeError, match="`n_keep` must be a count, an integer"):
+        mj.keep_top(jnp.arange(4.0), 0.5)
+
+
+def test_a_tensor_too_large_to_count_is_refused_by_name():
+    with pytest.raises(ValueError, match="'huge' ranks 2147483648.*stacked="):
+        Tensor("huge", (2**16, 2**15))
+    assert Tensor("huge", (2**16, 2**15), stacked=1).size == 2**15
+
+
+def test_too_many_weights_under_one_threshold_are_refused():
+    tensors = [Tensor("a", (2**30,)), Tensor("b", (2**30,))]
+    with pytest.raises(ValueError, match=r"`Global\(\)` ranks 2147483648.*Uniform"):
+        selection.common_threshold([], tensors, jnp.int32(1), most=jnp.array([1, 1]))
+
+
+def test_only_the_mask_depends_on_the_scores_under_a_derivative():
+    def kept_sum(sparsity, scores):
+        n_keep = jnp.int32(4 - jnp.round(sparsity * 4))
+        return jnp.where(mj.keep_top(scores, n_keep), scores, 0.0).sum()
+
+    slopes = jax.grad(kept_sum, argnums=(0, 1))(0.5, jnp.array([3.0, 1.0, 2.0, 4.0]))
+    np.testing.assert_array_equal(slopes[0], 0.0)
+    np.testing.assert_array_equal(slopes[1], [1.0, 0.0, 0.0, 1.0])
+
+
+MILLION = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
+
+
+def one_train_step(params, opt_state, grads):
+    tx = mj.movement_pruning(mj.cubic(0.9, 0, 100), allocation=mj.Global())
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return {"kernel": params["kernel"] + updates["kernel"]}, opt_state
+
+
+def compiled(name):
+    if name == "keep_top":
+        return keep_top.lower(MILLION, 500).compile()
+    params = {"kernel": MILLION}
+    tx = mj.movement_pruning(mj.cubic(0.9, 0, 100), allocation=mj.Global())
+    step = jax.jit(one_train_step, donate_argnums=(0, 1))
+    return step.lower(params, jax.eval_shape(tx.init, params), params).compile()
+
+
+@pytest.mark.parametrize("name", ["keep_top", "train step"])
+def test_the_program_neither_sorts_nor_stores_a_tensor(name):
+    program = compiled(name)
+    text = program.as_text()
+    for operation in (" sort(", " gather(", "top-k", "topk", "TopK", "all-gather"):
+        assert operation not in text
+    assert program.memory_analysis().temp_size_in_bytes < 0.01 * MILLION.size * 4
