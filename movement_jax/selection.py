@@ -156,12 +156,14 @@ def keep_masks(
 
     start = _start(n_drop, size, hint)
     end = lax.while_loop(lambda c: jnp.any(c.phase != _DONE), body, start)
-    end, one = lax.optimization_barrier((end, jnp.int32(1)))  # as in _count
+    end, ones = lax.optimization_barrier((end, _ones(scores)))  # as in _count
     below, at, cut = _per_tensor(tensors, end.below, end.high, end.cut_low)
     kept_list = [None] * len(scores) if kept is None else kept
     return [
         ~_dropped(_ranked(x, m), _index(x, t, one), _to_float(b), _to_float(a), c)
-        for x, m, t, b, a, c in zip(scores, kept_list, tensors, below, at, cut)
+        for x, m, t, b, a, c, one in zip(
+            scores, kept_list, tensors, below, at, cut, ones
+        )
     ]
 
 
@@ -323,20 +325,26 @@ def _count(
     """Scores dropped by each candidate. Shape ``(segments, CANDIDATES)``, int32."""
     # The barrier keeps XLA from computing ranks and indices once, outside the loop,
     # and storing them: four bytes a weight.
-    scores, kept, at, one = lax.optimization_barrier(
-        (tuple(scores), kept, at, jnp.int32(1))
+    scores, kept, at, ones = lax.optimization_barrier(
+        (tuple(scores), kept, at, _ones(scores))
     )
     below, at = _to_float(below), _to_float(at)
     kept_list = [None] * len(scores) if kept is None else kept
     counts = []
     offset = 0
-    for x, mask, tensor in zip(scores, kept_list, tensors):
+    for x, mask, tensor, one in zip(scores, kept_list, tensors, ones):
         rows = slice(offset, offset + tensor.segments)
         offset += tensor.segments
         counts.append(
             _count_one(_ranked(x, mask), tensor, below[rows], at[rows], cut[rows], one)
         )
     return jnp.concatenate(counts)
+
+
+def _ones(scores: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    # Each tensor its own: an index that two of them share would carry the sharding of
+    # one over to the other.
+    return tuple(jnp.int32(1) for _ in scores)
 
 
 def _count_one(
