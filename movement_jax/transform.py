@@ -228,6 +228,8 @@ def _on_schedule(
         target = sparsity.target(after)
     else:
         target = schedules.Target(sparsity(after) if callable(sparsity) else sparsity)
+    if isinstance(target.sparsity, int | float):
+        schedules.check_sparsity("sparsity", target.sparsity)
     due = sparsity.due(after) if hasattr(sparsity, "due") else jnp.bool_(True)
     asked = jnp.asarray(target.sparsity, jnp.float32)
     valid = (asked >= 0) & (asked <= 1)
@@ -304,15 +306,19 @@ def _track(state: MovementState, new_weights: Any) -> Tracked:
         return tracked
     decay = noise_decay(state.config.criterion)
 
-    def deviation(variance: jax.Array, mean: jax.Array, weight: jax.Array) -> jax.Array:
-        square = jnp.square(weight.astype(jnp.float32) - mean).mean()
-        return decay * variance + (1 - decay) * square
+    def deviation(variance: Any, mean: Any, weight: Any, mask: Any) -> jax.Array:
+        # Pruned weights do not move, and the fall to zero of new ones is no noise.
+        square = jnp.where(mask, jnp.square(weight.astype(jnp.float32) - mean), 0)
+        kept = jnp.maximum(mask.mean(dtype=jnp.float32), jnp.float32(1e-30))
+        return decay * variance + (1 - decay) * square.mean() / kept
 
     def average(mean: jax.Array, weight: jax.Array) -> jax.Array:
         return decay * mean + (1 - decay) * weight.astype(jnp.float32)
 
     return tracked._replace(
-        variance=jax.tree.map(deviation, tracked.variance, tracked.mean, new_weights),
+        variance=jax.tree.map(
+            deviation, tracked.variance, tracked.mean, new_weights, state.masks
+        ),
         mean=jax.tree.map(average, tracked.mean, new_weights),
     )
 
