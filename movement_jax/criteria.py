@@ -334,14 +334,24 @@ class Random:
         def noise(path: Any, weight: jax.Array) -> jax.Array:
             name = _tree.path_name(path).encode()
             key = jax.random.fold_in(jax.random.key(self.seed), zlib.crc32(name))
-            drawn = jax.random.uniform(key, weight.shape, jnp.float32)
-            return jnp.where(True, drawn, _f32(weight))  # takes the weight's sharding
+            return _noise_like(key, weight)
 
         return jax.tree_util.tree_map_with_path(noise, params)
 
 
 def _zeros(params: Any) -> Any:
     return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), params)
+
+
+@jax.jit  # which takes the devices from `weight`; the draw alone has none
+def _noise_like(key: jax.Array, weight: jax.Array) -> jax.Array:
+    """Uniform noise, drawn where the weight lies."""
+    sharding = jax.typeof(weight).sharding
+    explicit = any(axis is not None for axis in sharding.spec)
+    drawn = jax.random.uniform(
+        key, weight.shape, jnp.float32, out_sharding=sharding if explicit else None
+    )
+    return jnp.where(True, drawn, _f32(weight))
 
 
 def _f32(x: jax.Array) -> jax.Array:

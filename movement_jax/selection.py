@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 CANDIDATES = 3  # per pass: what a TPU counts in the time it takes to read the scores
 MAX_COUNT = 2**31 - 1
@@ -367,7 +368,16 @@ def _count_one(
         for j in range(CANDIDATES)
     )
     sums = tally(operands, tuple(range(tensor.stacked, len(tensor.shape))))
-    return jnp.stack([s.reshape(tensor.segments) for s in sums], axis=1)
+    return jnp.stack([_replicated(s).reshape(tensor.segments) for s in sums], axis=1)
+
+
+def _replicated(counts: jax.Array) -> jax.Array:
+    """The counts on every device: slices of a stacked tensor may be spread."""
+    sharding = jax.typeof(counts).sharding
+    if all(axis is None for axis in sharding.spec):  # also on every automatic axis
+        return counts
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+    return jax.sharding.reshard(counts, everywhere)
 
 
 def _dropped(
