@@ -28,7 +28,7 @@ def noise(seed):
     )
 
 
-GRADS = jax.tree.map(lambda *x: jnp.stack(x), *map(noise, range(8)))
+GRADS = [noise(seed) for seed in range(8)]
 
 
 def masks_of(opt_state):
@@ -61,17 +61,11 @@ def test_a_thousand_steps_compile_once_and_keep_pruned_weights_at_zero():
     end = 850
     schedule = mj.cubic(0.9, begin=100, end=end, every=7)
     optimizer = optax.adamw(1e-2, weight_decay=0.1)
-    step, traces = training_step(
-        optax.chain(optimizer, mj.movement_pruning(schedule, mj.EmaMagnitude(0.99)))
-    )
-    params = PARAMS
-    opt_state = optax.chain(
-        optimizer, mj.movement_pruning(schedule, mj.EmaMagnitude(0.99))
-    ).init(params)
-    asked = 0.0
+    tx = optax.chain(optimizer, mj.movement_pruning(schedule, mj.EmaMagnitude(0.99)))
+    step, traces = training_step(tx)
+    params, opt_state, asked = PARAMS, tx.init(PARAMS), 0.0
     for t in range(1, 1001):
-        grads = jax.tree.map(lambda x: x[t % 8], GRADS)
-        params, opt_state = step(params, opt_state, grads)
+        params, opt_state = step(params, opt_state, GRADS[t % 8])
         if t > 100 and ((t - 100) % 7 == 0 or t == end):
             asked = 0.9 * (1 - (1 - min((t - 100) / (end - 100), 1)) ** 3)
         for weight, mask in zip(kernels(params), masks_of(opt_state)):
@@ -99,9 +93,10 @@ def test_the_end_is_reached_off_the_grid():
 
 
 def test_pruned_weights_never_return_unless_regrowth_is_on():
-    tx = mj.movement_pruning(mj.linear(0.8, 0, 40), mj.Magnitude())
-    step, _ = training_step(optax.chain(optax.sgd(0.5, 0.9), tx))
-    params, opt_state = PARAMS, optax.chain(optax.sgd(0.5, 0.9), tx).init(PARAMS)
+    pruning = mj.movement_pruning(mj.linear(0.8, 0, 40), mj.Magnitude())
+    tx = optax.chain(optax.sgd(0.5, 0.9), pruning)
+    step, _ = training_step(tx)
+    params, opt_state = PARAMS, tx.init(PARAMS)
     before = masks_of(opt_state)
     for t in range(50):
         params, opt_state = step(params, opt_state, noise(t))
@@ -174,12 +169,19 @@ def test_masks_change_only_when_the_schedule_says_so():
 
 @pytest.mark.parametrize("level", [np.nan, -0.1, 1.5, 80.0, np.inf])
 def test_a_traced_sparsity_out_of_range_is_refused_and_counted(level):
-    schedule = optax.piecewise_constant_schedule(level)
-    tx = mj.movement_pruning(schedule, mj.Magnitude(), regrow=True)
+    tx = mj.movement_pruning(
+        lambda step: level + 0.0 * step, mj.Magnitude(), regrow=True
+    )
     params, opt_state = training_step(tx)[0](PARAMS, tx.init(PARAMS), noise(0))
     assert all(np.all(m) for m in masks_of(opt_state))
     assert (opt_state.events.refused, opt_state.events.changes) == (1, 0)
     assert opt_state.sparsity == 0
+
+
+def test_a_schedule_that_returns_a_percentage_is_refused():
+    tx = mj.movement_pruning(lambda step: 80.0, mj.Magnitude())
+    with pytest.raises(ValueError, match="got 80.0. Did you mean 0.8?"):
+        tx.update(noise(0), tx.init(PARAMS), PARAMS)
 
 
 def test_a_stack_of_layers_is_pruned_layer_by_layer():
