@@ -161,7 +161,7 @@ def keep_masks(
     below, at, cut = _per_tensor(tensors, end.below, end.high, end.cut_low)
     kept_list = [None] * len(scores) if kept is None else kept
     return [
-        ~_dropped(_ranked(x, m), _index(x, t, one), _to_float(b), _to_float(a), c)
+        _keeps(_ranked(x, m), _index(x, t, one), b, a, c)
         for x, m, t, b, a, c, one in zip(
             scores, kept_list, tensors, below, at, cut, ones
         )
@@ -388,6 +388,18 @@ def _dropped(
     cut: jax.Array,
 ) -> jax.Array:
     return (x <= below) | ((x <= at) & (index >= cut))
+
+
+# Compiled in eager code too, where `jax_debug_nans` would stop at a NaN threshold.
+@functools.partial(jax.jit, inline=True)
+def _keeps(
+    x: jax.Array,
+    index: jax.Array,
+    below: jax.Array,
+    at: jax.Array,
+    cut: jax.Array,
+) -> jax.Array:
+    return ~_dropped(x, index, _to_float(below), _to_float(at), cut)
 
 
 def _ranked(x: jax.Array, kept: jax.Array | None) -> jax.Array:
