@@ -36,7 +36,7 @@ def dropped(allocation, sparsity, tensors=TENSORS, scores=None):
     return np.asarray(counts)
 
 
-@settings(max_examples=500)
+@settings(max_examples=250)
 @given(FRACTIONS, st.integers(1, LARGEST), st.integers(0, 3))
 def test_a_traced_fraction_of_any_size_is_rounded_exactly(sparsity, size, spread):
     sizes = np.array([size, LARGEST - spread, 2**24 + spread, spread + 1])
@@ -45,7 +45,7 @@ def test_a_traced_fraction_of_any_size_is_rounded_exactly(sparsity, size, spread
     assert got.tolist() == [round(exact * int(n)) for n in sizes]
 
 
-@settings(max_examples=500)
+@settings(max_examples=300)
 @given(st.floats(0, 1), SIZES)
 def test_a_python_fraction_is_rounded_on_the_host(sparsity, size):
     got = drop_count(Target(sparsity), np.array([size]))

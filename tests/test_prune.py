@@ -95,6 +95,19 @@ def test_jit_with_a_traced_sparsity_equals_eager():
         chex.assert_trees_all_equal(prune(state, level), mj.prune(state, level))
 
 
+@pytest.mark.parametrize("allocation", [mj.Uniform(), mj.Global(), mj.ErdosRenyi()])
+def test_the_debugging_modes_of_jax_find_nothing(allocation):
+    tx = mj.movement_pruning(0.5, mj.Magnitude(), allocation=allocation)
+    state, level = (PARAMS, tx.init(PARAMS)), jnp.float32(0.5)
+    with jax.debug_nans(True), jax.checking_leaks():
+        want = mj.prune(state, 0.5)
+        with jax.transfer_guard("disallow"):
+            _, opt_state = jax.jit(tx.update)(GRADS, state[1], PARAMS)
+            got = prune(state, level)
+    chex.assert_trees_all_equal(got, want)
+    chex.assert_trees_all_equal(opt_state.masks, got[1].masks)
+
+
 def test_every_member_of_an_ensemble_gets_its_own_sparsity():
     members = jax.tree.map(lambda p: jnp.stack([p, 2 * p, p[::-1]]), PARAMS)
     levels = jnp.array([0.5, 0.0, 1 / 3])
