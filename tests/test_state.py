@@ -78,6 +78,14 @@ def test_a_bad_step_changes_no_score_and_no_mask(name, leaf, value):
     assert (before.events.skipped, after.events.skipped) == (0, 1)
 
 
+def test_an_optimizer_that_overflows_on_finite_gradients_makes_a_bad_step():
+    tx = mj.movement_pruning(0.5, mj.Taylor(), inner=optax.scale(1e30))
+    grads = jax.tree.map(jnp.zeros_like, GRADS)
+    grads["a"]["bias"] = jnp.full(3, 1e30)
+    _, state = jax.jit(tx.update)(grads, tx.init(PARAMS), PARAMS)
+    assert (state.step, state.events.skipped) == (0, 1)
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_training_goes_on_after_a_bad_step_as_if_it_had_not_been(name):
     tx, step = form(name)
