@@ -1,5 +1,7 @@
 """Movement pruning for JAX: scores carried in the training state, masks kept true."""
 
+from movement_jax import plot
+from movement_jax.agreement import Agreement, Disputed, TensorAgreement, agreement
 from movement_jax.allocation import Allocation, ErdosRenyi, Global, PerPath, Uniform
 from movement_jax.criteria import (
     Criterion,
@@ -10,6 +12,8 @@ from movement_jax.criteria import (
     Random,
     Taylor,
 )
+from movement_jax.findings import Finding, Health, TensorHealth
+from movement_jax.health import health
 from movement_jax.prune import (
     apply_masks,
     effective_params,
@@ -18,6 +22,7 @@ from movement_jax.prune import (
     prune,
     sparsity_of,
 )
+from movement_jax.report import Summary, TensorSummary, summary
 from movement_jax.schedules import Polynomial, Stepwise, cubic, linear, one_shot
 from movement_jax.selection import Tensor, keep_top
 from movement_jax.state import Events, MovementState, PruningConfig, Tracked, find_state
@@ -26,12 +31,16 @@ from movement_jax.transform import movement_pruning
 __version__ = "0.1.0"
 
 __all__ = [
+    "Agreement",
     "Allocation",
     "Criterion",
+    "Disputed",
     "EmaMagnitude",
     "ErdosRenyi",
     "Events",
+    "Finding",
     "Global",
+    "Health",
     "Magnitude",
     "Movement",
     "MovementScores",
@@ -41,20 +50,28 @@ __all__ = [
     "PruningConfig",
     "Random",
     "Stepwise",
+    "Summary",
     "Taylor",
     "Tensor",
+    "TensorAgreement",
+    "TensorHealth",
+    "TensorSummary",
     "Tracked",
     "Uniform",
+    "agreement",
     "apply_masks",
     "cubic",
     "effective_params",
     "finalize",
     "find_state",
+    "health",
     "keep_top",
     "linear",
     "metrics",
     "movement_pruning",
     "one_shot",
+    "plot",
     "prune",
     "sparsity_of",
+    "summary",
 ]

@@ -63,7 +63,7 @@ class Tracked(NamedTuple):
       start: the weights at ``init``. Like params.
       mean: running average of the weights. Like params, float32.
       variance: running average per tensor of the mean square deviation from ``mean``
-        before bias correction. Shapes ``()``, float32.
+        of the weights that are kept, before bias correction. Shapes ``()``, float32.
     """
 
     start: Any = ()

@@ -1,0 +1,360 @@
+"""What pruning did and what criteria disagree on, as records to print.
+
+Reports run on the host, between steps. They read masks and scores where these are
+sharded and fetch counts only, except for the quantiles of :func:`agreement`, which
+fetch one tensor at a time.
+"""
+
+import dataclasses
+import functools
+import io
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from movement_jax import schedules, selection
+from movement_jax import state as _state
+from movement_jax import tree as _tree
+from movement_jax.allocation import ErdosRenyi, PerPath, Uniform
+from movement_jax.prune import unpack
+from movement_jax.selection import Tensor
+from movement_jax.state import MovementState
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+_WIDTH = 200  # of printed reports at most; tables take what they need
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSummary:
+    """What pruning did to one tensor, or to all of them.
+
+    Attributes:
+      name: its ``/``-joined path, or ``"total"``.
+      shape: its shape; ``()`` for the total.
+      size: number of weights.
+      kept: number of weights that are not pruned.
+      asked: sparsity asked for; None where the allocation decides by the scores.
+      sparsity: sparsity reached, ``1 - kept / size``.
+      rows: rows of the kernel: all its axes but the last, flattened.
+      columns: columns of the kernel: its last axis. 0, as ``rows``, below two axes.
+      dead_rows: rows whose weights are all pruned.
+      dead_columns: columns whose weights are all pruned.
+      dense_bytes: bytes of all weights.
+      packed_bytes: bytes of the kept weights and one bit a weight for the mask.
+      nonfinite: scores that are NaN or infinite; None once finalized.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    size: int
+    kept: int
+    asked: float | None
+    sparsity: float
+    rows: int
+    columns: int
+    dead_rows: int
+    dead_columns: int
+    dense_bytes: int
+    packed_bytes: int
+    nonfinite: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Sizes and sparsities; made by :func:`summary`, prints as a table.
+
+    Attributes:
+      tensors: one entry per prunable tensor, in the order of the params.
+      total: over all prunable tensors.
+      dense_size: number of weights in the other leaves, which stay dense.
+      dense_bytes: their bytes.
+    """
+
+    tensors: tuple[TensorSummary, ...]
+    total: TensorSummary
+    dense_size: int
+    dense_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain Python values, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        return rendered(self)
+
+    def __rich__(self) -> "Table":
+        table = new_table(
+            "Tensor",
+            *("Weights", "Asked", "Reached", "Dead rows", "Dead columns"),
+            *("Dense", "Packed", "Bad scores"),
+            title="Sparsity",
+            caption=f"{self.dense_size:,} weights ({_bytes(self.dense_bytes)}) in "
+            "other leaves stay dense."
+            if self.dense_size
+            else None,
+        )
+        for row in (*self.tensors, self.total):
+            add_row(
+                table,
+                row.name,
+                f"{row.size:,}",
+                fraction(row.asked),
+                fraction(row.sparsity),
+                f"{row.dead_rows:,} / {row.rows:,}" if row.rows else "-",
+                f"{row.dead_columns:,} / {row.columns:,}" if row.columns else "-",
+                _bytes(row.dense_bytes),
+                _bytes(row.packed_bytes),
+                "-" if row.nonfinite is None else f"{row.nonfinite:,}",
+                style="bold" if row is self.total else None,
+                end_section=row is self.tensors[-1] if self.tensors else False,
+            )
+        return table
+
+
+def summary(state: Any) -> Summary:
+    """How large, how sparse and how dead every tensor is.
+
+    A row or column of a kernel is dead if all its weights are pruned: the unit it
+    reads or writes can be cut. Kernels with more than two axes are seen as a matrix
+    of all their axes but the last by the last; the layers of ``stacked`` kernels are
+    counted one by one and summed.
+
+    With ``PerPath``, what is asked of a tensor is what its rule asks in the end,
+    also while a schedule rises; with ``Global`` it is asked of the total alone.
+
+    Args:
+      state: a train state or a pair, as for :func:`movement_jax.prune`.
+
+    Returns:
+      A record to print, or to read by attribute or ``to_dict()``.
+
+    Raises:
+      ValueError: if there is no pruning state, or the state is traced.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, movement_jax as mj
+      >>> tx = mj.movement_pruning(criterion=mj.Magnitude())
+      >>> params = {"kernel": jnp.array([[3.0, 1.0], [0.2, 0.1]])}
+      >>> report = mj.summary(mj.prune((params, tx.init(params)), 0.5))
+      >>> report.total.sparsity, report.total.dead_rows, report.total.packed_bytes
+      (0.5, 1, 9)
+    """
+    opened = open_state(state, "summary")
+    found, tensors = opened.found, opened.tensors
+    scores: list[Any] = [None] * len(tensors)
+    if not found.config.finalized:
+        scores = jax.tree.leaves(scores_of(found, opened.weights))
+    rows = tuple(
+        _summarize(*each)
+        for each in zip(
+            tensors,
+            asked_of(found, tensors),
+            jax.tree.leaves(found.masks),
+            jax.tree.leaves(opened.weights),
+            scores,
+        )
+    )
+    everything = jax.tree.leaves(opened.params)
+    total = _total(rows, scalar(found.sparsity), found)
+    return Summary(
+        tensors=rows,
+        total=total,
+        dense_size=sum(x.size for x in everything) - total.size,
+        dense_bytes=sum(x.size * x.dtype.itemsize for x in everything)
+        - total.dense_bytes,
+    )
+
+
+class Opened(NamedTuple):
+    """A train state taken apart for a report.
+
+    Attributes:
+      params: all of them.
+      weights: the prunable ones, with holes for the others.
+      found: the pruning state.
+      tensors: the prunable tensors, in flatten order.
+    """
+
+    params: Any
+    weights: Any
+    found: MovementState
+    tensors: list[Tensor]
+
+
+def open_state(state: Any, caller: str) -> Opened:
+    """Takes a train state apart, refusing one that is traced."""
+    params, opt_state, _ = unpack(state)
+    found = _state.find_state(opt_state)
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, found))):
+        raise ValueError(
+            f"`{caller}` runs on the host: call `{caller}(state)` outside of `jit`, "
+            "on the state that a step returned. Inside, `metrics(state)` gives scalars."
+        )
+    weights = _tree.punch(found.masks, params, "params")
+    return Opened(params, weights, found, _state.tensors_of(found))
+
+
+def scores_of(found: MovementState, weights: Any) -> Any:
+    """The scores that a state ranks its weights by."""
+    return found.config.criterion.scores(found.scores, weights)
+
+
+def asked_of(found: MovementState, tensors: list[Tensor]) -> list[float | None]:
+    """Sparsity asked of every tensor, as far as it does not hang on the scores."""
+    level = scalar(found.sparsity)
+    allocation = found.config.allocation
+    if isinstance(allocation, Uniform) or level == 0:
+        return [level] * len(tensors)
+    if not isinstance(allocation, ErdosRenyi | PerPath):
+        return [None] * len(tensors)
+    n_drop, _ = allocation.n_drop(schedules.Target(level), tensors, [], None)
+    ends = np.cumsum([t.segments for t in tensors])
+    counts = np.split(np.asarray(n_drop, np.int64), ends[:-1])
+    return [
+        float(count.sum()) / math.prod(t.shape) for count, t in zip(counts, tensors)
+    ]
+
+
+@functools.partial(jax.jit, static_argnames="lead")
+def count(predicate: jax.Array, lead: int = 0) -> tuple[jax.Array, jax.Array]:
+    """Counts exactly beyond int32; :func:`whole` puts the parts together.
+
+    Args:
+      predicate: bools.
+      lead: leading axes whose slices have less than 2**31 elements each.
+
+    Returns:
+      The low and high parts of the count, shapes ``()``, int32.
+    """
+    axes = tuple(range(lead, predicate.ndim))
+    counts, _ = selection.tally((predicate, ~predicate), axes)
+    return jnp.sum(counts & 0xFFFF), jnp.sum(counts >> 16)
+
+
+def whole(parts: tuple[jax.Array, jax.Array]) -> int:
+    """The number that :func:`count` counted."""
+    return int(parts[0]) + (int(parts[1]) << 16)
+
+
+def scalar(value: jax.Array) -> float:
+    """A float32 as the number it was written as: 0.8, not 0.800000011920929."""
+    return float(str(np.float32(value)))
+
+
+def checked_sparsity(value: Any) -> float:
+    """A sparsity given as a Python number or a concrete scalar."""
+    if hasattr(value, "dtype") and jnp.shape(value) == ():
+        value = scalar(value) if value.dtype != np.float64 else float(value)
+    schedules.check_sparsity("sparsity", value)
+    return value
+
+
+def _summarize(
+    tensor: Tensor, asked: float | None, mask: Any, weight: Any, score: Any
+) -> TensorSummary:
+    lead, ndim = tensor.stacked, len(tensor.shape)
+    size, itemsize = math.prod(tensor.shape), weight.dtype.itemsize
+    kept = whole(count(mask, lead))
+    rows = columns = dead_rows = dead_columns = 0
+    if ndim - lead >= 2:
+        rows, columns = size // tensor.shape[-1], tensor.segments * tensor.shape[-1]
+        inputs = tuple(range(lead, ndim - 1))
+        dead_rows = whole(count(~jnp.any(mask, axis=-1), lead))
+        dead_columns = whole(count(~jnp.any(mask, axis=inputs), lead))
+    return TensorSummary(
+        name=tensor.name,
+        shape=tensor.shape,
+        size=size,
+        kept=kept,
+        asked=asked,
+        sparsity=1 - kept / size,
+        rows=rows,
+        columns=columns,
+        dead_rows=dead_rows,
+        dead_columns=dead_columns,
+        dense_bytes=size * itemsize,
+        packed_bytes=kept * itemsize + math.ceil(size / 8),
+        nonfinite=None if score is None else whole(count(~jnp.isfinite(score), lead)),
+    )
+
+
+def _total(
+    rows: tuple[TensorSummary, ...], asked: float, found: MovementState
+) -> TensorSummary:
+    def add(field: str) -> int:
+        return sum(getattr(row, field) or 0 for row in rows)
+
+    size, kept = add("size"), add("kept")
+    if isinstance(found.config.allocation, PerPath):
+        asked = sum((row.asked or 0) * row.size for row in rows) / max(size, 1)
+    return TensorSummary(
+        name="total",
+        shape=(),
+        size=size,
+        kept=kept,
+        asked=asked,
+        sparsity=1 - kept / max(size, 1),
+        rows=add("rows"),
+        columns=add("columns"),
+        dead_rows=add("dead_rows"),
+        dead_columns=add("dead_columns"),
+        dense_bytes=add("dense_bytes"),
+        packed_bytes=add("packed_bytes"),
+        nonfinite=None if found.config.finalized else add("nonfinite"),
+    )
+
+
+def rendered(renderable: "RenderableType") -> str:
+    """What a rich terminal would show, without colours and the same everywhere."""
+    from rich.console import Console
+
+    file = io.StringIO()
+    console = Console(file=file, width=_WIDTH, color_system=None, legacy_windows=False)
+    console.print(renderable)
+    return "\n".join(line.rstrip() for line in file.getvalue().rstrip().split("\n"))
+
+
+def new_table(
+    first: str, *others: str, title: str | None, caption: str | None = None
+) -> "Table":
+    """A table with names in its first column and numbers in the others."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=title,
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column(first, overflow="fold")
+    for name in others:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def add_row(table: "Table", *cells: str, **options: Any) -> None:
+    """Adds cells as they are: a path with brackets is no markup."""
+    from rich.text import Text
+
+    table.add_row(*(Text(cell) for cell in cells), **options)
+
+
+def fraction(value: float | None) -> str:
+    """A fraction as tables show it."""
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _bytes(n: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.0f} B" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.1f} TB"
