@@ -1,5 +1,6 @@
 """Settings every test shares; they must be made before JAX is imported."""
 
+import collections
 import os
 
 from hypothesis import settings
@@ -12,3 +13,17 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 # Compilation makes first examples slow, and a seed makes failures repeatable.
 settings.register_profile("fixed", deadline=None, derandomize=True, database=None)
 settings.load_profile("fixed")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Prints the contract: how many checks every transformation kept."""
+    kept, broken = collections.Counter(), collections.Counter()
+    for outcome, rows in (("passed", kept), ("failed", broken)):
+        for report in terminalreporter.stats.get(outcome, []):
+            if "test_contract.py" in report.nodeid and " | " in report.nodeid:
+                rows[report.nodeid.partition("[")[2].rstrip("]")] += 1
+    if kept or broken:
+        terminalreporter.section("contract: criterion | form | wrapper")
+    for row in sorted(kept | broken, key=lambda row: row.split(" | ")[::-1]):
+        verdict = f"{broken[row]} BROKEN" if broken[row] else "ok"
+        terminalreporter.line(f"{row:<60} {kept[row]:>3} kept  {verdict}")
