@@ -139,8 +139,8 @@ def finalize(model: Any, optimizer: nnx.Optimizer) -> None:
     params, opt_state = mj.finalize(train_state(model, optimizer))
     nnx.update(model, params)
     # What stays keeps its value: its variables move over into the smaller tree.
-    old = jax.tree_util.tree_flatten_with_path(optimizer.opt_state, is_leaf=_is_variable)
-    variables = dict(old[0])
+    leaves_with_path = jax.tree_util.tree_leaves_with_path
+    variables = dict(leaves_with_path(optimizer.opt_state, is_leaf=_is_variable))
     optimizer.opt_state = nnx.data(
         jax.tree_util.tree_map_with_path(lambda path, _: variables[path], opt_state)
     )
