@@ -45,8 +45,9 @@ def movement_pruning(
     updates are not finite changes neither scores nor masks; no score is ever NaN.
 
     Masks change at the start of an update, from the scores that enter it, such that
-    after ``k`` updates the sparsity is ``sparsity(k)``. With ``regrow=True`` they
-    change at its end, from the scores that leave it.
+    after ``k`` updates the sparsity is ``sparsity(k)``; a criterion that accumulates
+    has no scores at the first update and prunes from the second on. With
+    ``regrow=True`` they change at its end, from the scores that leave it.
 
     Args:
       sparsity: fraction of the prunable weights to drop, in [0, 1]: None to only
@@ -65,9 +66,9 @@ def movement_pruning(
         :func:`movement_jax.effective_params`.
       inner: optimizer to wrap, for criteria that need raw gradients.
       check_finite: look at all updates (and gradients) before each step, so that a bad
-        step changes nothing at all. False saves the optimizer the trip through memory
-        that this takes; then only the scores that would not be finite stay as they
-        were. Do so inside ``optax.apply_if_finite``, which checks by itself.
+        step changes no score and no mask. False saves the optimizer the trip through
+        memory that this takes; then only the scores that would not be finite stay as
+        they were. Do so inside ``optax.apply_if_finite``, which checks by itself.
       track_start: keep a copy of the initial weights, for
         :func:`movement_jax.health` to report how far training moved.
       track_noise: keep a running mean of every weight (float32), for
