@@ -324,11 +324,12 @@ def new_table(
     first: str, *others: str, title: str | None, caption: str | None = None
 ) -> "Table":
     """A table with names in its first column and numbers in the others."""
-    from rich import box
+    from rich.box import Box
     from rich.table import Table
 
+    blank, rule = "    ", " -- "  # ASCII, so that every stream can print it
     table = Table(
-        box=box.SIMPLE_HEAD,
+        box=Box("\n".join([blank, blank, rule, *[blank] * 5, ""]), ascii=True),
         title=title,
         caption=caption,
         title_justify="left",

@@ -170,6 +170,7 @@ def test_prints_as_a_table():
     assert "1 / 2" in lines[4] and "1 / 3" in lines[4] and "24 B" in lines[4]
     assert "3 weights" in lines[-1]
     assert text == "\n".join(line.rstrip() for line in lines)
+    assert text.isascii()
 
 
 def test_paths_with_brackets_print_as_they_are():
