@@ -223,6 +223,16 @@ def test_the_train_state_is_what_the_functions_for_arrays_take():
     assert type(params["l1"]["kernel"]) is type(jnp.ones(1))
 
 
+def test_reports_take_the_train_state():
+    model, optimizer = make(chained())
+    step(model, optimizer)
+    mj.nnx.prune(model, optimizer, 0.5)
+    state = mj.nnx.train_state(model, optimizer)
+    printed = [str(mj.summary(state)), str(mj.health(state))]
+    printed.append(str(mj.agreement(state, mj.Magnitude(), sparsity=0.5)))
+    assert all("l1/kernel" in text for text in printed)
+
+
 def test_paths_read_as_in_linen():
     class LinenNet(linen.Module):
         @linen.compact
