@@ -1,6 +1,7 @@
 """Settings every test shares; they must be made before JAX is imported."""
 
 import collections
+import importlib.util
 import os
 
 from hypothesis import settings
@@ -13,6 +14,18 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 # Compilation makes first examples slow, and a seed makes failures repeatable.
 settings.register_profile("fixed", deadline=None, derandomize=True, database=None)
 settings.load_profile("fixed")
+
+
+# Programs are compiled for a TPU by libtpu, which only the extra `tpu-aot` installs.
+_HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
+collect_ignore = [] if _HAS_LIBTPU else ["test_aot.py"]
+
+
+def pytest_report_header():
+    """Says what is left out, and how to have it run."""
+    if not _HAS_LIBTPU:
+        return 'test_aot.py is left out: it needs `pip install -e ".[test,tpu-aot]"`'
+    return None
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -21,6 +21,7 @@ SPECIAL = [
     *(SMALLEST_NORMAL, -SMALLEST_NORMAL),
     *(3.4028235e38, -3.4028235e38, np.nextafter(np.float32(1), np.float32(2))),
 ]
+SPECIAL = [float(x) for x in np.float32(SPECIAL)]
 SHAPES = [(1,), (7,), (64,), (5, 6), (2, 3, 4)]
 # Global ranking over a vector, a matrix, and a stack of two ranked layer by layer.
 TENSORS = [Tensor("a", (6,)), Tensor("b", (3, 4)), Tensor("c", (2, 3, 2), stacked=1)]
