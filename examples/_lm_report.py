@@ -116,7 +116,7 @@ def training(results: Mapping[str, Any]) -> Grid:
         for step, loss, validation in results["curve"]
     ]
     shards = (
-        f"\n{results['sharded']:.1%} of the training state is spread over the devices."
+        f" {results['sharded']:.1%} of the training state is spread over the devices."
         if results["sharded"]
         else ""
     )
@@ -140,7 +140,7 @@ def losses(results: Mapping[str, Any]) -> Grid:
             for name, row in results["loss"].items()
         ],
         "Columns: sparsity. Half-lives are in per cent of the run. All rows prune the "
-        "same weights of\nthe same run.",
+        "same weights of the same run.",
     )
 
 
@@ -157,7 +157,7 @@ def jaccards(results: Mapping[str, Any]) -> Grid:
         ("chance", *(f"{chance[level]['total']['chance']:.3f}" for level in levels))
     )
     return Grid(
-        "Jaccard index of the pruned weights with those that magnitude prunes",
+        "Agreement with magnitude: Jaccard index of the pruned weights",
         ("criterion", *(f"{float(level):.0%}" for level in levels)),
         rows,
         "1: the same weights. Chance: what choosing at random would give.",
@@ -171,7 +171,7 @@ def by_tensor(results: Mapping[str, Any], names: Sequence[str], at: float) -> Gr
         tensors = results["agreement"][name][f"{at:g}"]["tensors"]
         columns.append({t["name"]: t["jaccard"] for t in tensors})
     return Grid(
-        f"The same at {at:.0%} sparsity, tensor by tensor",
+        f"Agreement with magnitude at {at:.0%} sparsity, tensor by tensor",
         ("tensor", *names),
         [
             (tensor, *(f"{column[tensor]:.3f}" for column in columns))
@@ -196,7 +196,7 @@ def contested(results: Mapping[str, Any], at: float) -> Grid:
         ("criterion", "most contested tensor", "Jaccard", "drops", "spares"),
         rows,
         "Drops, spares: median rank by |W| (0 smallest, 1 largest) of the weights that "
-        "it drops and\nmagnitude keeps, and the other way round.",
+        "it drops and magnitude keeps, and the other way round.",
     )
 
 
@@ -213,11 +213,11 @@ def recovery(results: Mapping[str, Any]) -> Grid:
     level = next(iter(results["gradual"].values()))["asked"]
     steps = results["setting"]["recovery"]
     return Grid(
-        f"Validation loss with {level:.0%} pruned and {steps} more steps, {_LOSS}",
+        f"{level:.0%} pruned, {steps} more steps: validation loss",
         ("criterion", "before", "after"),
         rows,
         "Gradually: from the same dense weights, the sparsity rising over the same "
-        "steps.\nMagnitude as it is now; movement as in the paper, from scores of 0, "
+        "steps. Magnitude as it is now; movement as in the paper, from scores of 0, "
         "weights may return.",
     )
 
@@ -235,15 +235,24 @@ def rates(results: Mapping[str, Any]) -> Grid:
                 f"{figures.get('movement') or 0:.1%}",
                 f"{np.median(snr):.1f}" if snr else "-",
                 f"{figures.get('noise') or 0:.1%}",
+                f"{health['jaccard']:.3f}",
                 ", ".join(warnings) or "none",
             )
         )
     return Grid(
         "What mj.health says of the run",
-        ("run", "weights moved", "signal/noise", "kept in noise", "warnings"),
+        (
+            "run",
+            "weights moved",
+            "signal/noise",
+            "kept in noise",
+            "EMA 0.9",
+            "warnings",
+        ),
         rows,
         "Signal/noise: median over tensors. Kept in noise: of the weights kept at "
-        "50 % sparsity, those that score no more than noise would.",
+        "50 % sparsity, those that score no more than noise would. EMA 0.9: Jaccard "
+        "index with magnitude at 80 %.",
     )
 
 

@@ -63,7 +63,7 @@ class Preset:
 LARGE = Preset(768, 12, 64, 512, 64, 3000, 200, 6e-4, 256, accelerator=True)
 PRESETS = {
     "tiny": Preset(32, 1, 16, 32, 16, 400, 30, 5e-3, 64),
-    "cpu": Preset(128, 4, 32, 128, 16, 1000, 60, 2e-3, 128),
+    "cpu": Preset(128, 4, 32, 128, 16, 900, 50, 2e-3, 96),
     "gpu": LARGE,
     "tpu": LARGE,
 }
@@ -257,6 +257,13 @@ def sharded(state: LMState) -> float:
     leaves = jax.tree.leaves(state)
     split = sum(x.size for x in leaves if not x.sharding.is_fully_replicated)
     return split / sum(x.size for x in leaves)
+
+
+def difference(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
+    """Mean difference on the same excerpts, with its standard error."""
+    paired = ours - theirs
+    error = paired.std(ddof=1) / np.sqrt(paired.size)
+    return {"mean": float(paired.mean()), "error": float(error)}
 
 
 def _prune_by(state: LMState, scores: Any, sparsity: jax.Array) -> LMState:

@@ -7,6 +7,7 @@ SAME = 0.95  # Jaccard index from which two criteria prune nearly the same weigh
 ELSE = 0.90  # Jaccard index under which a criterion is something else
 FLAT = 0.02  # change of the loss, nats per byte, over the last tenth of the run
 _ERRORS = 2  # standard errors that a difference must exceed to count
+_LEAST = 0.01  # nats per byte that it must exceed, too
 
 
 def conclude(
@@ -42,8 +43,8 @@ def conclude(
         _gradual(results, magnitude),
         *_rates(results),
         "One model, one text, one seed: differences are called measurable if they "
-        f"exceed {_ERRORS} standard errors over the validation excerpts, which says "
-        "nothing about other seeds.",
+        f"exceed {_ERRORS} standard errors over the validation excerpts and {_LEAST} "
+        "nats, which says nothing about other seeds.",
     ]
 
 
@@ -63,8 +64,8 @@ def _short(
         f"In short: the chapter's score is {_verdict(results, chapter)}. What becomes "
         f"something else (Jaccard index with magnitude under {ELSE} at {at:.0%}): "
         f"{become}. Does it help at {recovered_at:.0%}? Measurably better than "
-        f"magnitude one-shot: {_names(once) or 'none of them'}. After training on: "
-        f"{_names(after) or 'none'} of {_names(tried) or 'none'}."
+        f"magnitude one-shot: {_names(once) or 'none of them'}. After training on, "
+        f"tried with {_names(tried) or 'none of them'}: {_names(after) or 'none'}."
     )
 
 
@@ -79,13 +80,13 @@ def _verdict(results: Mapping[str, Any], chapter: str) -> str:
 def _trained(results: Mapping[str, Any]) -> str:
     curve, counting = results["curve"], results["counting"]
     last, change = curve[-1][2], curve[-1][2] - curve[-2][2]
-    state = "it has converged" if abs(change) < FLAT else "it has not converged"
+    state = "has" if abs(change) < FLAT else "has not"
     against = "below" if last < counting["bigram"] else "not below"
     return (
         f"The dense model reaches {last:.3f} nats per byte on files it never saw, "
         f"{against} the {counting['bigram']:.3f} of counting byte pairs; over the last "
-        f"tenth of the run validation loss changed by {change:+.3f}: {state}, by the "
-        f"measure of {FLAT} nats."
+        f"tenth of the run it changed by {change:+.3f}: it {state} converged "
+        f"(to {FLAT}), as far as a learning rate that ends at 0 goes."
     )
 
 
@@ -96,12 +97,17 @@ def _chapter(results: Mapping[str, Any], chapter: str, at: float) -> str:
     dropped = total["both"] + total["only_a"]
     cells = results["difference"][chapter].values()
     largest = max(cells, key=lambda cell: abs(cell["mean"]))
+    moving = ", ".join(
+        f"{health['jaccard']:.3f} in {name}"
+        for name, health in list(results["health"].items())[1:]
+    )
     return (
         f"The chapter's score ({chapter}) is {_verdict(results, chapter)}: the Jaccard "
         f"index of what the two prune is {_range(indices)} over all sparsities. At "
         f"{at:.0%}, {total['only_a']:,} of {dropped:,} pruned weights differ. The "
         f"largest difference in one-shot loss is {largest['mean']:+.4f} ± "
-        f"{largest['error']:.4f} nats."
+        f"{largest['error']:.4f} nats. In the runs that stopped early, where "
+        f"weights still moved, the Jaccard index at {at:.0%} is {moving}."
     )
 
 
@@ -256,9 +262,7 @@ def _rates(results: Mapping[str, Any]) -> list[str]:
         warnings = [f for f in health["findings"] if f["level"] == "warning"]
         found = " ".join(f["message"] for f in warnings)
         sentences.append(
-            f"Health of {name}: {found}"
-            if warnings
-            else f"Health of {name}: no warning."
+            f"Health, {name}: {found}" if warnings else f"Health, {name}: no warning."
         )
     return sentences
 
@@ -268,11 +272,11 @@ def _jaccard(results: Mapping[str, Any], name: str, at: float) -> float:
 
 
 def _below(cell: Mapping[str, float]) -> bool:
-    return cell["mean"] < -_ERRORS * cell["error"]
+    return cell["mean"] < -max(_ERRORS * cell["error"], _LEAST)
 
 
 def _above(cell: Mapping[str, float]) -> bool:
-    return cell["mean"] > _ERRORS * cell["error"]
+    return cell["mean"] > max(_ERRORS * cell["error"], _LEAST)
 
 
 def _falling(values: Sequence[float]) -> bool:

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _lm_train import PRESETS, LMState, Preset, Trainer, as_if, sharded
+from _lm_train import PRESETS, LMState, Preset, Trainer, as_if, difference, sharded
 from _lm_words import conclude
 from orbax.checkpoint import v1 as ocp
 from rich.console import Console
@@ -204,14 +204,17 @@ def main() -> None:
 
     console.rule("5. Learning rates that spoil the scores")
     fast, slow = (try_rate(trainer, initial, scale) for scale in (10.0, 0.01))
-    healths = {
-        "this run, at its end": health_of(dense),
-        f"this run, after {SHORT:.0%} of it": early,
-        "learning rate × 10": health_of(fast),
-        "learning rate ÷ 100": health_of(slow),
+    examined = {
+        "this run at its end": examine(dense),
+        f"this run after {SHORT:.0%} of it": early,
+        "learning rate × 10": examine(fast),
+        "learning rate ÷ 100": examine(slow),
     }
-    results["health"] = {name: health.to_dict() for name, health in healths.items()}
-    details |= {f"Health of {name}": health for name, health in healths.items()}
+    results["health"] = {
+        name: {**health.to_dict(), "jaccard": agreed}
+        for name, (health, agreed) in examined.items()
+    }
+    details |= {f"Health of {name}": pair[0] for name, pair in examined.items()}
     console.print(report.rates(results))
 
     console.rule("6. What the numbers say")
@@ -233,12 +236,12 @@ def main() -> None:
     )
 
 
-def train(trainer: Trainer, initial: Any) -> tuple[LMState, list[Any], mj.Health]:
+def train(trainer: Trainer, initial: Any) -> tuple[LMState, list[Any], Any]:
     """The run that all else starts from.
 
     Returns:
       The state at its end, the curve as ``[step, training loss, validation loss]``,
-      and the health after the fraction ``SHORT`` of it.
+      and what :func:`examine` found after the fraction ``SHORT`` of it.
     """
     steps, early = trainer.preset.steps, []
     watched = watching(steps)
@@ -251,7 +254,7 @@ def train(trainer: Trainer, initial: Any) -> tuple[LMState, list[Any], mj.Health
 
     def look_early(state: LMState, loss: float) -> None:
         look(state, loss)
-        early.append(health_of(state))
+        early.append(examine(state))
 
     looks = {round(steps * i / 10): look for i in range(1, 11)}
     looks[round(SHORT * steps)] = look_early
@@ -260,9 +263,13 @@ def train(trainer: Trainer, initial: Any) -> tuple[LMState, list[Any], mj.Health
     return state, curve, early[0]
 
 
-def health_of(state: LMState) -> mj.Health:
-    """Health at the mildest pruning tried: its threshold is the nearest to noise."""
-    return mj.health(state, sparsity=min(SPARSITIES))
+def examine(state: LMState) -> tuple[mj.Health, float]:
+    """Health, and how far the chapter's scores agree with magnitude.
+
+    Health at the mildest pruning tried, as its threshold is the nearest to noise.
+    """
+    agreed = mj.agreement(state, mj.Magnitude(), TABLE_AT).total.jaccard
+    return mj.health(state, sparsity=min(SPARSITIES)), agreed
 
 
 def scores_of(state: LMState, preset: Preset) -> dict[str, Any]:
@@ -308,13 +315,6 @@ def one_shot(
         if name != MAGNITUDE
     }
     return losses, differences
-
-
-def difference(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
-    """Mean difference on the same excerpts, with its standard error."""
-    paired = ours - theirs
-    error = paired.std(ddof=1) / np.sqrt(paired.size)
-    return {"mean": float(paired.mean()), "error": float(error)}
 
 
 def named_agreement(
@@ -416,11 +416,9 @@ def checkpoint(state: LMState, path: pathlib.Path) -> dict[str, Any]:
 def picture_states(dense: LMState, preset: Preset) -> dict[str, LMState]:
     """The dense state, ranked by some of the criteria."""
     criteria = watching(preset.steps)
-    return {
-        name: dense
-        if name == CHAPTER
-        else as_if(dense, dense.watched[name], criteria[name])
-        for name in PICTURED
+    watchers = [name for name in PICTURED if name != CHAPTER]
+    return {CHAPTER: dense} | {
+        name: as_if(dense, dense.watched[name], criteria[name]) for name in watchers
     }
 
 

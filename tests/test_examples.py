@@ -99,7 +99,7 @@ def test_transformer_lm_shows_both_failures_and_none_at_the_end(tiny):
         name: {f["name"] for f in health["findings"] if f["level"] == "warning"}
         for name, health in results["health"].items()
     }
-    assert warnings["this run, at its end"] == set()
+    assert warnings["this run at its end"] == set()
     assert "noise" in warnings["learning rate × 10"]
     assert "movement" in warnings["learning rate ÷ 100"]
 
