@@ -40,7 +40,7 @@ def health(state: Any, *, sparsity: float | None = None, start: Any = None) -> H
     r"""Looks for what makes pruning go wrong, and says what to do about it.
 
     - ``position``: pruned weights that are not zero, because something follows
-      ``movement_pruning`` in the chain.
+      ``movement_pruning`` in the chain, or that are not finite.
     - ``scores``: nothing scored yet, or scores that are not finite.
     - ``steps``, ``changes``: steps skipped for gradients that were not finite, mask
       changes refused for a sparsity out of range.
@@ -91,7 +91,7 @@ def health(state: Any, *, sparsity: float | None = None, start: Any = None) -> H
         for tensor, mask in zip(tensors, jax.tree.leaves(found.masks))
     ]
     findings = [
-        _position(opened),
+        *_position(opened),
         *_scored(opened),
         *_events(found),
         _collapse(rows, found, tensors),
@@ -105,30 +105,49 @@ def health(state: Any, *, sparsity: float | None = None, start: Any = None) -> H
     return Health(tuple(findings), tuple(rows))
 
 
-def _position(opened: Opened) -> Finding:
+def _position(opened: Opened) -> list[Finding]:
     found, name = opened.found, "position"
     if found.config.regrow:
-        return Finding(
-            "ok", name, None, "Pruned weights keep their dense value (regrow=True)."
-        )
-    alive, largest, where = 0, 0.0, ""
+        message = "Pruned weights keep their dense value (regrow=True)."
+        return [Finding("ok", name, None, message)]
+    alive, broken, largest, where = 0, 0, 0.0, ""
+    names = []
     for tensor, mask, weight in zip(
         opened.tensors, jax.tree.leaves(found.masks), jax.tree.leaves(opened.weights)
     ):
-        parts, most = _not_zero(mask, weight, tensor.stacked)
-        alive += whole(parts)
-        if whole(parts) and not float(most) <= largest:
+        finite, others, most = _not_zero(mask, weight, tensor.stacked)
+        alive, broken = alive + whole(finite), broken + whole(others)
+        if whole(others):
+            names.append(tensor.name)
+        if float(most) > largest:
             largest, where = float(most), tensor.name
-    if not alive:
-        return Finding("ok", name, 0, "All pruned weights are exactly zero.")
-    return Finding(
-        "warning",
-        name,
-        alive,
-        f"{alive:,} pruned weights are not zero (largest {largest:.3g}, in {where}): "
-        "something follows `movement_pruning` in the chain and moves them, so put it "
-        "last, as in `optax.chain(optimizer, movement_pruning(...))`.",
-    )
+    if not alive and not broken:
+        return [Finding("ok", name, 0, "All pruned weights are exactly zero.")]
+    findings = []
+    if broken:
+        findings.append(
+            Finding(
+                "warning",
+                name,
+                broken,
+                f"{broken:,} pruned weights are not finite ({_listed(names)}), and no "
+                "update brings them to zero: look for the step that broke them, and "
+                "call `apply_masks(params, find_state(opt_state).masks)` or `prune`.",
+            )
+        )
+    if alive:
+        findings.append(
+            Finding(
+                "warning",
+                name,
+                alive,
+                f"{alive:,} pruned weights are not zero (largest {largest:.3g}, in "
+                f"{where}): something follows `movement_pruning` in the chain and "
+                "moves them, so put it last, as in "
+                "`optax.chain(optimizer, movement_pruning(...))`.",
+            )
+        )
+    return findings
 
 
 def _scored(opened: Opened) -> list[Finding]:
@@ -190,7 +209,9 @@ def _events(found: MovementState) -> list[Finding]:
                 share,
                 f"{skipped:,} of {step + skipped:,} steps ({share:.1%}) were left out "
                 "because gradients or updates were not finite: lower the learning "
-                "rate, clip gradients, or lower the loss scale.",
+                "rate, clip gradients, or lower the loss scale, and wrap the optimizer "
+                "in `optax.apply_if_finite(optimizer, max_consecutive_errors=5)`, as "
+                "one with moments, such as adam, keeps the NaN in them.",
             )
         )
     if refused:
@@ -269,14 +290,23 @@ def _movement(
         )
         return rows, Finding("note", name, None, message)
     moved = total = 0.0
-    measured = []
+    measured, broken = [], []
     for row, mask, weight, first in zip(
         rows, *(jax.tree.leaves(t) for t in (found.masks, opened.weights, start))
     ):
-        change, norm = (float(x) for x in _squares(mask, weight, first))
+        change, norm = _squares(mask, weight, first)
         moved, total = moved + change, total + norm
         ratio = math.sqrt(change / norm) if norm else None
+        if not math.isfinite(change + norm):
+            broken.append(row.name)
+            ratio = None
         measured.append(dataclasses.replace(row, movement=ratio))
+    if broken:
+        message = (
+            "How far the weights moved cannot be told, because weights are not finite "
+            f"({_listed(broken)}): look for the step that broke them."
+        )
+        return measured, Finding("warning", name, None, message)
     ratio = math.sqrt(moved / total) if total else None
     if ratio is None:
         return measured, Finding("note", name, None, "The initial weights are zero.")
@@ -329,12 +359,16 @@ def _noise(
     scores = scores_of(found, opened.weights)
     kept = masks_at(found, scores, sparsity, old)
     trees = (found.masks, found.tracked.mean, found.tracked.variance, scores, kept)
-    measured, n_kept, n_noise = [], 0, 0
+    measured, broken, n_kept, n_noise = [], [], 0, 0
     for row, tensor, mask, mean, variance, score, keep in zip(
         rows, opened.tensors, *(jax.tree.leaves(t) for t in trees)
     ):
         sigma = math.sqrt(float(variance) * unbias)
         signal = float(_rms(mask, mean))
+        if not math.isfinite(sigma + signal):
+            broken.append(row.name)
+            measured.append(row)
+            continue
         row = dataclasses.replace(
             row,
             sigma=sigma,
@@ -349,10 +383,16 @@ def _noise(
             row = dataclasses.replace(
                 row,
                 noise_reach=float(level),
-                threshold=float(lowest) if all_kept else None,
+                threshold=float(lowest) if math.isfinite(lowest) else None,
                 in_noise=inside / all_kept if all_kept else 0.0,
             )
         measured.append(row)
+    if broken:
+        message = (
+            "The noise cannot be told, because the running mean or variance of weights "
+            f"is not finite ({_listed(broken)}): look for the step that broke them."
+        )
+        return measured, Finding("warning", name, None, message)
     if ranks_magnitude:
         return measured, _drowned(measured, n_noise / max(n_kept, 1), sparsity)
     return measured, _weak_signal(measured)
@@ -405,20 +445,38 @@ def _lowest_density(tensor: Tensor, mask: jax.Array) -> float:
 
 @functools.partial(jax.jit, static_argnames="lead")
 def _not_zero(mask: jax.Array, weight: jax.Array, lead: int) -> Any:
-    alive = ~mask & (weight != 0)
+    """Counts pruned weights that are finite and those that are not; the largest."""
+    finite = jnp.isfinite(weight)
+    alive = ~mask & (weight != 0) & finite
     size = jnp.where(alive, jnp.abs(weight), jnp.zeros_like(weight))
-    return count(alive, lead), jnp.max(size.astype(jnp.float32))
+    most = jnp.max(size.astype(jnp.float32))
+    return count(alive, lead), count(~mask & ~finite, lead), most
+
+
+def _squares(mask: jax.Array, weight: Any, start: Any) -> tuple[float, float]:
+    """Of the change and of the start, summed over the weights that are kept."""
+    change, norm = (
+        float(most) ** 2 * float(squares)
+        for most, squares in _scaled_squares(mask, weight, start)
+    )
+    return change, norm
 
 
 @jax.jit
-def _squares(mask: jax.Array, weight: jax.Array, start: jax.Array) -> Any:
-    """Of the change and of the start, over the weights that are kept."""
+def _scaled_squares(mask: jax.Array, weight: jax.Array, start: jax.Array) -> Any:
+    """The largest magnitude, and the sum of squares in units of it.
+
+    Squares of very small or large weights have no place in float32.
+    """
+
+    def scaled(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+        values = jnp.where(mask, values, jnp.float32(0))
+        most = jnp.max(jnp.abs(values))
+        unit = jnp.where(most > 0, most, jnp.float32(1))
+        return most, jnp.sum(jnp.square(values / unit))
+
     weight, start = weight.astype(jnp.float32), start.astype(jnp.float32)
-    zero = jnp.float32(0)
-    return (
-        jnp.sum(jnp.where(mask, jnp.square(weight - start), zero)),
-        jnp.sum(jnp.where(mask, jnp.square(start), zero)),
-    )
+    return scaled(weight - start), scaled(start)
 
 
 @jax.jit
@@ -429,7 +487,8 @@ def _rms(mask: jax.Array, mean: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="lead")
 def _below(keep: jax.Array, score: jax.Array, level: jax.Array, lead: int) -> Any:
-    lowest = jnp.min(jnp.where(keep, score, jnp.float32(jnp.inf)))
+    ranked = keep & jnp.isfinite(score)
+    lowest = jnp.min(jnp.where(ranked, score, jnp.float32(jnp.inf)))
     return count(keep & (score <= level), lead), lowest
 
 

@@ -241,6 +241,54 @@ def test_the_largest_weight_that_came_alive_is_named():
     assert "largest 0.25, in kernel" in found.message
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_pruned_weights_that_are_not_finite_are_not_blamed_on_the_chain(value):
+    params, opt_state = pruned()
+    broken = {"kernel": params["kernel"].at[0, 1].set(value)}
+    found = finding(mj.health((broken, opt_state)), "position")
+    assert (found.level, found.figure) == ("warning", 1)
+    assert "not finite (kernel)" in found.message and "chain" not in found.message
+    for mended in (
+        mj.apply_masks(broken, mj.find_state(opt_state).masks),
+        mj.prune((broken, opt_state), 0.5)[0],
+    ):
+        assert finding(mj.health((mended, opt_state)), "position").level == "ok"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_movement_of_weights_that_are_not_finite_cannot_be_told(value):
+    params, opt_state = pruned(track_start=True)
+    params = {"kernel": params["kernel"].at[0, 0].set(value)}
+    report = mj.health((params, opt_state))
+    found = finding(report, "movement")
+    assert (found.level, found.figure) == ("warning", None)
+    assert "not finite (kernel)" in found.message
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-30, 1e25])
+def test_movement_does_not_hang_on_the_scale_of_the_weights(scale):
+    params = {"kernel": jnp.full((2, 2), scale, jnp.float32)}
+    _, opt_state = pruned(params, sparsity=0.0)
+    moved = {"kernel": 1.1 * params["kernel"]}
+    found = finding(mj.health((moved, opt_state), start=params), "movement")
+    assert found.figure == pytest.approx(0.1, rel=1e-5)
+
+
+@pytest.mark.parametrize("criterion", [mj.Magnitude(), mj.Taylor()])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_noise_that_is_not_finite_is_a_warning(criterion, value):
+    inner = optax.sgd(0.1)
+    tx = mj.movement_pruning(None, criterion, inner=inner, track_noise=True)
+    params, found = run(tx, PARAMS, steady, 2)
+    variance = {"kernel": jnp.float32(value)}
+    found = found._replace(tracked=found.tracked._replace(variance=variance))
+    report = mj.health((params, found))
+    noise = finding(report, "noise")
+    assert (noise.level, noise.figure) == ("warning", None)
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
 def with_events(state, **events):
     params, found = state
     events = {name: jnp.asarray(value) for name, value in events.items()}
@@ -259,6 +307,7 @@ def test_skipped_steps_are_reported_as_a_fraction(good, level):
     report = mj.health((params, found._replace(step=jnp.int32(good))))
     assert finding(report, "steps").level == level
     assert finding(report, "steps").figure == pytest.approx(1 / (good + 1))
+    assert "`optax.apply_if_finite(optimizer" in finding(report, "steps").message
 
 
 def test_refused_changes_are_reported():
