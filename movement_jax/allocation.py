@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from movement_jax import schedules, selection
+from movement_jax.arguments import make_plain, plain
 from movement_jax.schedules import Target
 from movement_jax.selection import Tensor
 
@@ -59,7 +60,7 @@ class Uniform:
     min_keep: float = 1
 
     def __post_init__(self) -> None:
-        _check_min_keep(self.min_keep)
+        _check_min_keep(self)
 
     def check(self, tensors: Sequence[Tensor]) -> None:
         """Fits every tree."""
@@ -97,7 +98,7 @@ class Global:
     min_keep: float = 1
 
     def __post_init__(self) -> None:
-        _check_min_keep(self.min_keep)
+        _check_min_keep(self)
 
     def check(self, tensors: Sequence[Tensor]) -> None:
         """Fits every tree."""
@@ -145,7 +146,7 @@ class ErdosRenyi:
     min_keep: float = 1
 
     def __post_init__(self) -> None:
-        _check_min_keep(self.min_keep)
+        _check_min_keep(self)
 
     def check(self, tensors: Sequence[Tensor]) -> None:
         """Fits every tree."""
@@ -194,8 +195,10 @@ class PerPath:
     """A sparsity of its own for every tensor whose path matches a pattern.
 
     The first pattern that is found in the path wins; tensors that match none take
-    the overall sparsity. While a schedule of this package rises, each rule rises with
-    it in proportion; otherwise rules hold in full.
+    the overall sparsity. While :func:`movement_jax.cubic` and its like rise, each rule
+    rises with them in proportion; under any other schedule rules hold in full. An
+    overall sparsity of 0 prunes nothing: to leave the other tensors dense, end the
+    rules with ``".": 0.0``.
 
     Attributes:
       rules: ``{regular expression: sparsity}``.
@@ -215,7 +218,7 @@ class PerPath:
     min_keep: float = 1
 
     def __post_init__(self) -> None:
-        _check_min_keep(self.min_keep)
+        _check_min_keep(self)
         for pattern, value in self._pairs:
             schedules.check_sparsity(f"rules[{pattern!r}]", value)
             try:
@@ -247,12 +250,17 @@ class PerPath:
     ) -> tuple[jax.Array, None]:
         """Rounds ``sparsity * size`` in every segment, each with its own sparsity."""
         del scores, kept
+        progress = target.progress
+        if isinstance(target.sparsity, int | float):
+            progress = progress if target.sparsity else 0.0
+        else:
+            progress = jnp.where(target.sparsity > 0, progress, jnp.float32(0))
         counts = []
         for tensor in tensors:
             level, rule = target, self._rule(tensor.name)
             if rule is not None:
                 final = self._pairs[rule][1]
-                level = Target(final * target.progress, final, target.progress)
+                level = Target(final * progress, final, progress)
             counts.append(drop_count(level, selection.sizes([tensor])))
         sizes = selection.sizes(tensors)
         return jnp.minimum(jnp.concatenate(counts), _most(sizes, self)), None
@@ -260,7 +268,8 @@ class PerPath:
     @property
     def _pairs(self) -> tuple[tuple[str, float], ...]:
         rules = self.rules
-        return tuple(rules.items() if isinstance(rules, Mapping) else rules)
+        pairs = rules.items() if isinstance(rules, Mapping) else rules
+        return tuple((pattern, plain(value)) for pattern, value in pairs)
 
     def _rule(self, name: str) -> int | None:
         for i, (pattern, _) in enumerate(self._pairs):
@@ -340,7 +349,9 @@ def _most(sizes: np.ndarray, allocation: Any) -> np.ndarray:
     return np.maximum(sizes - floor, 0).astype(np.int32)
 
 
-def _check_min_keep(value: Any) -> None:
+def _check_min_keep(allocation: Any) -> None:
+    make_plain(allocation, "min_keep")
+    value = allocation.min_keep
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"`min_keep` must be a number, got {value!r}.")
     if isinstance(value, float) and not 0 < value < 1 or value < 0:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from movement_jax import tree as _tree
+from movement_jax.arguments import make_plain, plain
 
 
 @runtime_checkable
@@ -59,7 +60,7 @@ class EmaMagnitude:
     Attributes:
       decay: :math:`\beta`, in [0, 1). Default 0.9.
       half_life: the same as a number of steps, :math:`\beta = 2^{-1/h}`. Give one of
-        the two.
+        the two. Beyond 100 000 steps float32 averages to about a hundredth only.
 
     Raises:
       ValueError: if both are given, or one is out of range.
@@ -78,6 +79,7 @@ class EmaMagnitude:
     accumulates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        make_plain(self, "decay", "half_life")
         if self.decay is not None and self.half_life is not None:
             if self.decay != _decay_of(self.half_life):
                 raise ValueError(
@@ -209,7 +211,7 @@ class Movement:
                     "`Movement(learning_rate=1e-2)`."
                 )
             return
-        rate = 1e-2 if self.learning_rate is None else self.learning_rate
+        rate = 1e-2 if self.learning_rate is None else plain(self.learning_rate)
         if isinstance(rate, bool | str):
             raise TypeError(f"`learning_rate` must be a number, got {rate!r}.")
         if isinstance(rate, int | float) and not (rate > 0 and math.isfinite(rate)):
@@ -269,6 +271,7 @@ class Taylor:
     accumulates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        make_plain(self, "momentum")
         _check_fraction("momentum", self.momentum)
 
     def init(self, params: Any) -> Any:
@@ -312,6 +315,7 @@ class Random:
     accumulates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        make_plain(self, "seed")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(
                 f"`seed` must be an integer, got {self.seed!r}. For example `Random(0)`"

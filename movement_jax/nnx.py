@@ -43,9 +43,7 @@ def train_state(model: Any, optimizer: nnx.Optimizer) -> tuple[Any, Any]:
     return _arrays(nnx.state(model, optimizer.wrt)), _arrays(optimizer.opt_state)
 
 
-def prune(
-    model: Any, optimizer: nnx.Optimizer, sparsity: jax.typing.ArrayLike
-) -> None:
+def prune(model: Any, optimizer: nnx.Optimizer, sparsity: jax.typing.ArrayLike) -> None:
     """Drops the weights with the lowest scores, now and in place.
 
     Works as it is or inside ``nnx.jit``, where ``sparsity`` may be traced. Later calls

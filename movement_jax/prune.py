@@ -286,7 +286,8 @@ def _unknown(state: Any) -> ValueError:
     return ValueError(
         "`state` must be a train state with `params` and `opt_state` that can be "
         "replaced, or a pair `(params, opt_state)`; got "
-        f"{type(state).__name__}. For example `prune((params, opt_state), 0.8)`."
+        f"{type(state).__name__}. For example `prune((params, opt_state), 0.8)`; for "
+        "`nnx.Optimizer` see `movement_jax.nnx`."
     )
 
 

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from movement_jax.arguments import make_plain, plain
+
 _RUN_FRACTION = "a step, or a fraction of `total_steps`"
 
 
@@ -30,7 +32,7 @@ class Target(NamedTuple):
 class Polynomial:
     r"""Sparsity that rises along a polynomial between two steps.
 
-    It is ``initial`` up to ``begin``, ``final`` from ``end`` on, and between them
+    It is ``initial`` at ``begin``, ``final`` from ``end`` on, and between them
     :math:`s_f + (s_i - s_f)\,(1 - (t - b)/(e - b))^p`. Make one with :func:`cubic`,
     :func:`linear` or :func:`one_shot`.
 
@@ -39,7 +41,8 @@ class Polynomial:
       begin: first step at which masks change.
       end: step at which ``final`` is reached, on the grid or not.
       every: masks change every so many steps from ``begin`` on, and at ``end``.
-      initial: sparsity up to ``begin``.
+      initial: sparsity that the masks start with at ``begin``; before it they do not
+        change.
       power: of the polynomial.
     """
 
@@ -51,6 +54,7 @@ class Polynomial:
     power: float = 3.0
 
     def __post_init__(self) -> None:
+        make_plain(self, "final", "begin", "end", "every", "initial", "power")
         for name in ("final", "initial"):
             check_sparsity(name, getattr(self, name))
         for name, least in (("begin", 0), ("end", 0), ("every", 1)):
@@ -113,6 +117,12 @@ class Stepwise:
     every: int
 
     def __post_init__(self) -> None:
+        make_plain(self, "schedule", "every")
+        if isinstance(self.schedule, Polynomial):
+            raise ValueError(
+                "`Stepwise` would miss the end of a schedule that has a grid of its "
+                f"own: write `cubic(..., every={self.every})`."
+            )
         if isinstance(self.every, bool) or not isinstance(self.every, int):
             raise TypeError(f"`every` must be a number of steps, got {self.every!r}.")
         if self.every < 1:
@@ -148,7 +158,8 @@ def cubic(
       begin: first step at which masks change, or a fraction of ``total_steps``.
       end: step at which ``final`` is reached, or a fraction of ``total_steps``.
       every: steps between mask changes, or a fraction of ``total_steps``.
-      initial: sparsity up to ``begin``.
+      initial: sparsity that the masks start with at ``begin``; before it they do not
+        change.
       total_steps: length of the run, if known.
 
     Returns:
@@ -207,6 +218,7 @@ def one_shot(
 
 def check_sparsity(name: str, value: Any) -> None:
     """Refuses a Python number that is no fraction, saying what was meant."""
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(
             f"`{name}` must be a fraction of the weights to drop, in [0, 1], got "
@@ -229,6 +241,8 @@ def _polynomial(
     initial: float,
     total_steps: int | None,
 ) -> Polynomial:
+    begin, end, every = plain(begin), plain(end), plain(every)
+    total_steps = plain(total_steps)
     fraction = isinstance(every, float) and every > 0
     begin, end, every = (
         _steps(name, value, total_steps)

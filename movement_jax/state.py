@@ -20,6 +20,9 @@ _OTHER_PARAMS = {"ScheduleFreeState": "schedule_free", "MechanicState": "mechani
 class PruningConfig:
     """What a :class:`MovementState` was made with; static, without arrays.
 
+    ``flax.serialization`` has to be told once that there is nothing in it to save:
+    ``register_serialization_state(PruningConfig, lambda c: {}, lambda c, _: c)``.
+
     Attributes:
       criterion: what a weight is worth.
       allocation: how the target is spread over tensors.
@@ -101,8 +104,8 @@ def find_state(opt_state: Any) -> MovementState:
     """Finds the one :class:`MovementState` inside an optimizer state.
 
     It is found through ``optax.chain``, ``named_chain``, ``partition``, ``masked``,
-    ``inject_hyperparams``, ``apply_if_finite``, ``MultiSteps`` and every other wrapper
-    whose state is a pytree.
+    ``inject_hyperparams``, ``apply_if_finite``, ``MultiSteps`` and other wrappers whose
+    state is a pytree; not through ``optax.flatten``, which drops the paths.
 
     Args:
       opt_state: an optimizer state, or a tree that holds one.

@@ -1,5 +1,6 @@
 """The optax transformation: how a training step scores weights and keeps masks true."""
 
+import re
 from typing import Any
 
 import jax
@@ -41,7 +42,9 @@ def movement_pruning(
 
     Goes last in a chain, or around an optimizer with ``inner=``. It rewrites the
     update of a pruned weight :math:`w` to :math:`-w`, so that ``apply_updates`` gives
-    exactly 0.0 whatever momentum and weight decay do. A step whose gradients or
+    exactly 0.0 whatever momentum and weight decay do, also of one that something else
+    brought back to life. What follows it in a chain can undo that:
+    :func:`movement_jax.health` tells. A step whose gradients or
     updates are not finite changes neither scores nor masks; no score is ever NaN.
 
     Masks change at the start of an update, from the scores that enter it, such that
@@ -139,6 +142,11 @@ def movement_pruning(
                 "`movement_pruning` reads the weights: call "
                 "`tx.update(updates, state, params)`, got params=None."
             )
+        if not isinstance(state, MovementState):
+            raise TypeError(
+                "`state` must be a `MovementState`: call `tx.update(updates, state, "
+                f"params)`, got {type(state).__name__}."
+            )
         weights = _tree.punch(state.masks, params, "params")
         grads = None if inner is None else _tree.punch(state.masks, updates, "updates")
         finite = _all_finite(updates) if check_finite else jnp.bool_(True)
@@ -233,6 +241,9 @@ def _on_schedule(
         schedules.check_sparsity("sparsity", target.sparsity)
     due = sparsity.due(after) if hasattr(sparsity, "due") else jnp.bool_(True)
     asked = jnp.asarray(target.sparsity, jnp.float32)
+    if isinstance(sparsity, schedules.Polynomial):
+        # Made up for, if nothing was scored yet when it was due.
+        due |= (after >= sparsity.end) & (state.sparsity < asked)
     valid = (asked >= 0) & (asked <= 1)
     scored = (state.step > 0) | (not getattr(criterion, "accumulates", True))
     changes = finite & due & scored
@@ -267,8 +278,8 @@ def _score(
 ) -> MovementState:
     """Scores the step that was just made, unless it was a bad one."""
 
-    def accept(new: jax.Array, old: jax.Array) -> jax.Array:
-        good = finite
+    def accept(new: jax.typing.ArrayLike, old: jax.typing.ArrayLike) -> jax.Array:
+        new, old, good = jnp.asarray(new), jnp.asarray(old), finite
         if jnp.issubdtype(old.dtype, jnp.inexact):
             good = finite & jnp.isfinite(new)
         return jnp.where(good, new.astype(old.dtype), old)
@@ -326,8 +337,9 @@ def _track(state: MovementState, new_weights: Any) -> Tracked:
 
 def noise_decay(criterion: Criterion) -> float:
     """The decay of the running mean against which noise is measured."""
-    decay = getattr(criterion, "decay", None)
-    return _NOISE_DECAY if decay is None else decay
+    if isinstance(criterion, EmaMagnitude) and criterion.decay is not None:
+        return criterion.decay
+    return _NOISE_DECAY
 
 
 def _project(masks: Any, updates: Any, params: Any) -> Any:
@@ -385,8 +397,8 @@ def _churn(old: Any, new: Any) -> jax.Array:
 def _check_arguments(
     sparsity: Any, criterion: Any, allocation: Any, inner: Any
 ) -> None:
-    if isinstance(sparsity, np.generic):
-        sparsity = sparsity.item()
+    if _is_array(sparsity) and not isinstance(sparsity, jax.core.Tracer):
+        sparsity = np.asarray(sparsity).item()
     if sparsity is not None and not callable(sparsity) and not _is_array(sparsity):
         schedules.check_sparsity("sparsity", sparsity)
     for name, value, method in (
@@ -437,6 +449,12 @@ def check_emptying(allocation: Any) -> None:
 def _check_stacked(stacked: str | None, weights: Any) -> None:
     if stacked is None:
         return
+    try:
+        re.compile(stacked)
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f"`stacked` is no regular expression: {stacked!r} ({error})."
+        ) from None
     tensors = tensors_in(weights, stacked)
     chosen = [t for t in tensors if t.stacked]
     if not chosen or any(len(t.shape) < 2 for t in chosen):

@@ -146,8 +146,8 @@ def test_rules_end_at_their_exact_sparsity():
 
 
 def test_a_rule_keeps_its_floor():
-    allocation = mj.PerPath({"small": 1.0}, min_keep=2)
-    np.testing.assert_array_equal(dropped(allocation, 0.0), [0, 0, 14])
+    allocation = mj.PerPath({"small": 1.0, ".": 0.0}, min_keep=2)
+    np.testing.assert_array_equal(dropped(allocation, 0.5), [0, 0, 14])
 
 
 @pytest.mark.parametrize(
@@ -181,3 +181,22 @@ def test_too_many_weights_for_one_density_scale_are_refused():
     tensors = [Tensor("a", (2**30,)), Tensor("b", (2**30,))]
     with pytest.raises(ValueError, match=r"`ErdosRenyi\(\)` counts 2147483648"):
         mj.ErdosRenyi().n_drop(Target(0.5), tensors, [], None)
+
+
+def test_rules_prune_nothing_at_an_overall_sparsity_of_zero():
+    tx = mj.movement_pruning(
+        criterion=mj.Magnitude(), allocation=mj.PerPath({"a": 0.9})
+    )
+    params = {"a": {"kernel": jnp.ones((5, 4))}, "b": {"kernel": jnp.ones((5, 4))}}
+    state = (params, tx.init(params))
+    for prune in (mj.prune, jax.jit(mj.prune)):
+        assert mj.sparsity_of(prune(state, 0.0)) == 0
+        assert mj.sparsity_of(prune(state, 0.5)) == np.float32(28 / 40)
+
+
+def test_a_last_rule_of_zero_leaves_all_other_tensors_dense():
+    allocation = mj.PerPath({"a": 0.9, ".": 0.0})
+    tx = mj.movement_pruning(criterion=mj.Magnitude(), allocation=allocation)
+    params = {"a": {"kernel": jnp.ones((5, 4))}, "b": {"kernel": jnp.ones((5, 4))}}
+    params, _ = mj.prune((params, tx.init(params)), 0.5)
+    assert [int(jnp.sum(params[k]["kernel"] == 0)) for k in "ab"] == [18, 0]

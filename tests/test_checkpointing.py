@@ -4,6 +4,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax import serialization
 from flax.training.train_state import TrainState
 from orbax.checkpoint import v1 as ocp1
 
@@ -143,3 +144,15 @@ def test_a_finalized_state_is_saved_without_scores(tmp_path, way):
     restored = load(tmp_path / "run", abstract(final))
     assert mj.find_state(restored).config.finalized
     assert_same_bits(restored, final())
+
+
+def test_flax_serialization_takes_the_state_after_one_registration():
+    serialization.register_serialization_state(
+        mj.PruningConfig, lambda config: {}, lambda config, _: config, override=True
+    )
+    tx = optax.chain(optax.adam(0.1), mj.movement_pruning())
+    params = {"kernel": jnp.arange(6.0).reshape(2, 3)}
+    _, state = tx.update(params, tx.init(params), params)
+    data = serialization.to_bytes(state)
+    restored = serialization.from_bytes(tx.init(params), data)
+    assert jax.tree.all(jax.tree.map(np.array_equal, state, restored))

@@ -101,3 +101,16 @@ def test_a_schedule_of_a_traced_step_keeps_its_dtype():
 def test_a_wrong_argument_is_refused_with_the_reason(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_numpy_scalars_are_taken_as_the_numbers_they_are():
+    schedule = mj.cubic(np.float64(0.9), np.int64(1), np.int32(9), every=np.int64(2))
+    assert schedule == mj.cubic(0.9, 1, 9, every=2)
+    assert mj.EmaMagnitude(half_life=np.int64(5)) == mj.EmaMagnitude(half_life=5)
+    assert mj.Global(min_keep=np.int64(3)) == mj.Global(min_keep=3)
+    assert mj.PerPath({"a": np.float64(0.5)}) == mj.PerPath({"a": 0.5})
+
+
+def test_a_schedule_with_a_grid_of_its_own_takes_no_second_one():
+    with pytest.raises(ValueError, match=r"write `cubic\(\.\.\., every=20\)`"):
+        mj.Stepwise(mj.cubic(0.9, 0, 55), every=20)

@@ -336,3 +336,41 @@ def test_sparsity_one_empties_a_tensor_if_asked_for_twice():
     tx = mj.movement_pruning(1.0, mj.Magnitude(), allocation=mj.Uniform(min_keep=0))
     params, _ = training_step(tx)[0](PARAMS, tx.init(PARAMS), noise(0))
     assert not any(np.any(w) for w in kernels(params))
+
+
+def test_a_change_that_was_due_before_anything_was_scored_is_made_up_for():
+    tx = mj.movement_pruning(mj.cubic(0.5, begin=0, end=1, every=1000))
+    params = {"kernel": jnp.arange(1.0, 9.0).reshape(2, 4)}
+    state, zeros = tx.init(params), {"kernel": jnp.zeros((2, 4))}
+    for _ in range(2):
+        updates, state = tx.update(zeros, state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_array_equal(params["kernel"], [[0, 0, 0, 0], [5, 6, 7, 8]])
+
+
+def test_a_pruned_weight_that_came_back_is_zero_after_the_next_step():
+    tx = optax.chain(optax.adamw(0.1), mj.movement_pruning(0.5, mj.Magnitude()))
+    params = {"kernel": jnp.arange(1.0, 9.0).reshape(2, 4)}
+    state, grads = tx.init(params), {"kernel": jnp.ones((2, 4))}
+    for _ in range(2):
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        assert not params["kernel"][0].any() and params["kernel"][1].all()
+        params = {"kernel": params["kernel"] + 1.0}  # something else moves them all
+
+
+def test_a_state_in_the_place_of_params_is_told_apart():
+    tx = mj.movement_pruning()
+    params = {"kernel": jnp.ones((2, 2))}
+    with pytest.raises(TypeError, match=r"call `tx.update\(updates, state, params\)`"):
+        tx.update(params, params, tx.init(params))
+
+
+def test_a_percentage_in_a_jax_array_is_refused():
+    with pytest.raises(ValueError, match="Did you mean 0.8"):
+        mj.movement_pruning(jnp.float32(80))
+
+
+def test_a_stacked_pattern_must_be_a_regular_expression():
+    with pytest.raises(ValueError, match="`stacked` is no regular expression"):
+        mj.movement_pruning(stacked="(").init({"kernel": jnp.ones((2, 2))})
