@@ -26,21 +26,21 @@ def poison(leaf, value, index=(0,)):
 
 
 FORMS = {
-    "chain": lambda **kw: optax.chain(
-        optax.sgd(0.1), mj.movement_pruning(mj.linear(0.5, 0, 4), **kw)
+    "chain": lambda optimizer, **kw: optax.chain(
+        optimizer, mj.movement_pruning(mj.linear(0.5, 0, 4), **kw)
     ),
-    "inner": lambda **kw: mj.movement_pruning(
-        mj.linear(0.5, 0, 4), mj.Movement(), inner=optax.sgd(0.1), **kw
+    "inner": lambda optimizer, **kw: mj.movement_pruning(
+        mj.linear(0.5, 0, 4), mj.Movement(), inner=optimizer, **kw
     ),
-    "regrow": lambda **kw: mj.movement_pruning(
-        mj.linear(0.5, 0, 4), mj.Taylor(), inner=optax.sgd(0.1), regrow=True, **kw
+    "regrow": lambda optimizer, **kw: mj.movement_pruning(
+        mj.linear(0.5, 0, 4), mj.Taylor(), inner=optimizer, regrow=True, **kw
     ),
 }
 
 
 @functools.cache
 def form(name, check_finite=True):
-    tx = FORMS[name](check_finite=check_finite)
+    tx = FORMS[name](optax.sgd(0.1), check_finite=check_finite)
     return tx, stepper(tx)
 
 
@@ -88,15 +88,14 @@ def test_an_optimizer_that_overflows_on_finite_gradients_makes_a_bad_step():
 
 @pytest.mark.parametrize("name", FORMS)
 def test_training_goes_on_after_a_bad_step_as_if_it_had_not_been(name):
-    tx, step = form(name)
+    tx = optax.apply_if_finite(FORMS[name](optax.adam(0.1)), 3)
+    step = stepper(tx)
     params, opt_state = run(step, PARAMS, tx.init(PARAMS), 2)
-    _, opt_state = step(params, opt_state, poison("a/bias", np.nan))
+    params, opt_state = step(params, opt_state, poison("a/bias", np.nan))
     params, opt_state = run(step, params, opt_state, 3)
     want_params, want_state = run(step, PARAMS, tx.init(PARAMS), 5)
     assert_same_bits(params, want_params)
-    for field in ("step", "scores", "masks", "sparsity"):
-        got, want = mj.find_state(opt_state), mj.find_state(want_state)
-        assert_same_bits(getattr(got, field), getattr(want, field))
+    assert_same_bits(opt_state.inner_state, want_state.inner_state)
 
 
 def test_a_bad_gradient_of_a_pruned_weight_leaves_it_at_zero():
