@@ -167,7 +167,7 @@ def agreement(state: Any, other: Any, sparsity: float | None = None) -> Agreemen
       >>> report.total.both, report.total.only_a, report.total.only_b
       (1, 1, 1)
     """
-    found = compare(state, other, sparsity)
+    found = compare(state, other, sparsity, "agreement")
     weights = jax.tree.leaves(found.opened.weights)
     rows, only_a, only_b = [], [], []
     for each in zip(found.opened.tensors, found.a, found.b, found.scores, weights):
@@ -213,25 +213,32 @@ class Comparison(NamedTuple):
     scores: list[jax.Array]
 
 
-def compare(state: Any, other: Any, sparsity: float | None) -> Comparison:
-    """Ranks all weights twice. Arguments as for :func:`agreement`."""
-    opened = open_state(state, "agreement")
+def compare(state: Any, other: Any, sparsity: float | None, caller: str) -> Comparison:
+    """Ranks all weights twice. Arguments as for :func:`agreement`.
+
+    Args:
+      state: A.
+      other: B.
+      sparsity: fraction to drop.
+      caller: the function to name in errors.
+    """
+    opened = open_state(state, caller)
     found, weights = opened.found, opened.weights
-    check_scored(found, "agreement")
+    check_scored(found, caller)
     if sparsity is not None:
         sparsity = checked_sparsity(sparsity)
     name_a = type(found.config.criterion).__name__
-    ranked = _rank_other(opened, other)
+    ranked = _rank_other(opened, other, caller)
     if ranked is not None:
         name_b, scores_b = ranked
         if sparsity is None:
             raise ValueError(
                 "`sparsity` is needed to turn two rankings into masks: for example "
-                "`agreement(state, other, sparsity=0.8)`."
+                f"`{caller}(state, other, sparsity=0.8)`."
             )
         masks_b = masks_at(found, scores_b, sparsity)
     else:
-        name_b, masks_b = "masks", _given_masks(found, other)
+        name_b, masks_b = "masks", _given_masks(found, other, caller)
         if sparsity is None:
             sparsity = _dropped_by(masks_b, opened.tensors)
     scores = scores_of(found, weights)
@@ -275,15 +282,15 @@ def _masks_at(scores: Any, found: MovementState, kept: Any, *, sparsity: float) 
     return transform.masks_from(scores, found, target, kept)
 
 
-def _rank_other(opened: Opened, other: Any) -> tuple[str, Any] | None:
+def _rank_other(opened: Opened, other: Any, caller: str) -> tuple[str, Any] | None:
     """Name and scores of B, or None if it is given as masks."""
     if isinstance(other, type) and hasattr(other, "scores"):
         raise TypeError(
             f"`other` must be an object such as `{other.__name__}()`, got the class."
         )
     if isinstance(other, Criterion):
-        return type(other).__name__, _criterion_scores(opened, other)
-    theirs, weights = _open_other(other)
+        return type(other).__name__, _criterion_scores(opened, other, caller)
+    theirs, weights = _open_other(other, caller)
     if theirs is None:
         return None
     if _state.tensors_of(theirs) != opened.tensors:
@@ -297,52 +304,65 @@ def _rank_other(opened: Opened, other: Any) -> tuple[str, Any] | None:
             "`other` is a state of another model, or prunes other tensors: "
             f"{different[:5] or 'it lacks some'} differ from those of `state`."
         )
-    check_scored(theirs, "agreement")
+    check_scored(theirs, caller)
     scores = jax.tree.leaves(scores_of(theirs, weights))
     structure = jax.tree.structure(opened.found.masks)
     name = f"{type(theirs.config.criterion).__name__} of the other state"
     return name, structure.unflatten(scores)
 
 
-def _criterion_scores(opened: Opened, other: Criterion) -> Any:
+def _criterion_scores(opened: Opened, other: Criterion, caller: str) -> Any:
     if getattr(other, "accumulates", True):
         name = type(other).__name__
+        needs_gradients = getattr(other, "needs_gradients", False)
+        more = "inner=optax.adamw(...)" if needs_gradients else "..."
         raise ValueError(
             f"`{name}` ranks by scores that it accumulates in training, and this state "
             "holds none of its. Train a second state with "
-            f"`movement_pruning(criterion={name}(...), ...)` and give that one: "
-            "`agreement(state, other_state, sparsity=0.8)`. A criterion that needs no "
-            "training is given as it is: `agreement(state, Magnitude(), sparsity=0.8)`."
+            f"`movement_pruning(criterion={name}(...), {more})` and give that one: "
+            f"`{caller}(state, other_state, sparsity=0.8)`. A criterion that needs no "
+            f"training is given as it is: `{caller}(state, Magnitude(), sparsity=0.8)`."
         )
     return other.scores(other.init(opened.weights), opened.weights)
 
 
-def _open_other(other: Any) -> tuple[MovementState | None, Any]:
+def _open_other(other: Any, caller: str) -> tuple[MovementState | None, Any]:
     """The pruning state in ``other`` and its weights, as far as there are any."""
-    try:
-        params, opt_state, _ = unpack(other)
-        theirs = _state.find_state(opt_state)
-        return theirs, _tree.punch(theirs.masks, params, "params")
-    except ValueError:
-        pass  # an optimizer state alone, which may be a pair too, or masks
     is_state = functools.partial(_is_a, MovementState)
     if not any(map(is_state, jax.tree.leaves(other, is_leaf=is_state))):
         return None, None
-    theirs = _state.find_state(other)
+    try:
+        params, opt_state, _ = unpack(other)
+    except ValueError:
+        params, opt_state = (), other
+    # The state of a chain of two is a pair as well, of states, which are tuples.
+    if isinstance(params, tuple) and not _fits(opt_state, params):
+        params, opt_state = None, other
+    theirs = _state.find_state(opt_state)
+    if params is not None:
+        return theirs, _tree.punch(theirs.masks, params, "params")
     if not getattr(theirs.config.criterion, "accumulates", True):
         name = type(theirs.config.criterion).__name__
         raise ValueError(
             f"`{name}` ranks by the weights as they are: give `other` with its params, "
-            "as in `agreement(state, (other_params, other_opt_state), sparsity=0.8)`."
+            f"as in `{caller}(state, (other_params, other_opt_state), sparsity=0.8)`."
         )
     return theirs, None
+
+
+def _fits(opt_state: Any, params: Any) -> bool:
+    try:
+        _tree.punch(_state.find_state(opt_state).masks, params, "params")
+    except ValueError:
+        return False
+    return True
 
 
 def _is_a(kind: type, node: Any) -> bool:
     return isinstance(node, kind)
 
 
-def _given_masks(found: MovementState, other: Any) -> Any:
+def _given_masks(found: MovementState, other: Any, caller: str) -> Any:
     leaves = jax.tree.leaves(other)
     if not leaves or not all(hasattr(x, "dtype") for x in leaves):
         raise TypeError(
@@ -355,7 +375,7 @@ def _given_masks(found: MovementState, other: Any) -> Any:
             raise ValueError(
                 "`other` is taken for masks, which are bools, True where a weight is "
                 f"kept; got {mask.dtype} at {name!r}. To compare with another run, "
-                "give its state: `agreement(state, other_state, sparsity=0.8)`."
+                f"give its state: `{caller}(state, other_state, sparsity=0.8)`."
             )
     return jax.tree.map(jnp.asarray, masks)
 

@@ -111,6 +111,8 @@ def plot_scores(
 ) -> "Axes":
     """Histogram of the scores of one tensor, with the threshold of a pruning.
 
+    A ``stacked`` tensor has a threshold for each of its layers, and shows none.
+
     If the state was made with ``track_noise=True`` and scores magnitudes, the range
     that noise alone would reach is shaded: a threshold inside it prunes by noise.
 
@@ -134,7 +136,7 @@ def plot_scores(
       >>> state = (params, tx.init(params))
       >>> ax = mj.plot.plot_scores(state, 0.5)  # doctest: +SKIP
     """
-    found = compare(state, Magnitude(), sparsity)
+    found = compare(state, Magnitude(), sparsity, "plot_scores")
     which = _find_tensor(found.opened.tensors, tensor)
     scores, kept = _flat(found.scores[which]), _flat(found.a[which])
     finite = np.isfinite(scores)
@@ -148,7 +150,8 @@ def plot_scores(
         color=[_PRUNED, _KEPT],
         label=[f"pruned ({(~kept).mean():.1%})", f"kept ({kept.mean():.1%})"],
     )
-    if kept.any() and not kept.all():
+    whole = not found.opened.tensors[which].stacked  # else a threshold for each slice
+    if whole and kept.any() and not kept.all():
         cut = scores[kept].min()
         ax.axvline(cut, color="black", lw=1.2, label=f"threshold {cut:.3g}")
     reach = health(state, sparsity=sparsity).tensors[which].noise_reach
@@ -210,7 +213,7 @@ def plot_quadrants(
     """
     if max_points < 1:
         raise ValueError(f"`max_points` must be at least 1, got {max_points}.")
-    found = compare(state, other, sparsity)
+    found = compare(state, other, sparsity, "plot_quadrants")
     which = _find_tensor(found.opened.tensors, tensor)
     weight = _flat(jax.tree.leaves(found.opened.weights)[which])
     x, y = np.abs(weight.astype(np.float32)), _flat(found.scores[which])
@@ -232,10 +235,11 @@ def plot_quadrants(
         ax.scatter([], [], s=5, color=color, lw=0, label=f"{label}: {share:.1%}")
     line: dict[str, Any] = {"color": "black", "lw": 0.8, "ls": "--"}
     whole = not found.opened.tensors[which].stacked
-    if whole and a.any() and not a.all():
-        ax.axhline(y[a].min(), **line)
-    if whole and isinstance(other, Magnitude) and b.any() and not b.all():
-        ax.axvline(x[b].min(), **line)
+    in_a, in_b = y[a & np.isfinite(y)], x[b & np.isfinite(x)]
+    if whole and in_a.size and not a.all():
+        ax.axhline(in_a.min(), **line)
+    if whole and isinstance(other, Magnitude) and in_b.size and not b.all():
+        ax.axvline(in_b.min(), **line)
     ax.set_xlabel("magnitude |W|")
     ax.set_ylabel(f"score of A ({found.name_a})")
     name = found.opened.tensors[which].name
@@ -337,6 +341,8 @@ def _find_tensor(tensors: Sequence[Tensor], name: str | None) -> int:
     if name is None and names:
         counts = [tensor.segments * tensor.size for tensor in tensors]
         return counts.index(max(counts))
+    if not names:
+        raise ValueError("There is nothing to plot: `state` has no prunable tensor.")
     listing = "\n  ".join(names[:20])
     raise ValueError(f"`tensor` must be one of these paths, got {name!r}:\n  {listing}")
 

@@ -165,9 +165,8 @@ def summary(state: Any) -> Summary:
     return Summary(
         tensors=rows,
         total=total,
-        dense_size=sum(x.size for x in everything) - total.size,
-        dense_bytes=sum(x.size * x.dtype.itemsize for x in everything)
-        - total.dense_bytes,
+        dense_size=sum(map(jnp.size, everything)) - total.size,
+        dense_bytes=sum(map(_nbytes, everything)) - total.dense_bytes,
     )
 
 
@@ -190,6 +189,7 @@ class Opened(NamedTuple):
 def open_state(state: Any, caller: str) -> Opened:
     """Takes a train state apart, refusing one that is traced."""
     params, opt_state, _ = unpack(state)
+    _state.check_trained_params(opt_state)
     found = _state.find_state(opt_state)
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, found))):
         raise ValueError(
@@ -253,6 +253,12 @@ def checked_sparsity(value: Any) -> float:
         value = scalar(value) if value.dtype != np.float64 else float(value)
     schedules.check_sparsity("sparsity", value)
     return value
+
+
+def _nbytes(leaf: Any) -> int:
+    """Bytes of an array, or of a Python number once JAX computes with it."""
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    return jnp.size(leaf) * dtype.itemsize
 
 
 def _summarize(

@@ -1,6 +1,7 @@
 """What `agreement` reports, against sets and ranks made by hand."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -188,6 +189,31 @@ def test_converts_to_json():
 def test_a_criterion_that_accumulates_has_no_scores_here():
     with pytest.raises(ValueError, match=r"agreement\(state, other_state, sparsity="):
         mj.agreement(state_of({"kernel": WEIGHTS}), mj.EmaMagnitude(), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "call"),
+    [
+        (mj.Movement(), "criterion=Movement(...), inner=optax.adamw(...))"),
+        (mj.EmaMagnitude(), "criterion=EmaMagnitude(...), ...)"),
+    ],
+)
+def test_the_advised_call_has_what_the_criterion_needs(criterion, call):
+    with pytest.raises(ValueError, match=re.escape(call)):
+        mj.agreement(state_of({"kernel": WEIGHTS}), criterion, 0.5)
+
+
+def test_params_of_another_shape_are_named_in_a_state_that_is_given():
+    params, opt_state = state_of({"kernel": WEIGHTS}, mj.EmaMagnitude(), steps=1)
+    other = {"kernel": params["kernel"].T}, opt_state
+    with pytest.raises(ValueError, match=r"`params` does not fit.*\(5, 2\)"):
+        mj.agreement((params, opt_state), other, 0.5)
+
+
+def test_params_may_be_a_tuple():
+    state = state_of((WEIGHTS, WEIGHTS), prunable=".*")
+    other = state_of((WEIGHTS[::-1, ::-1], WEIGHTS), prunable=".*")
+    assert mj.agreement(state, other, 0.5).total.both == 5
 
 
 def test_nothing_scored_yet_is_said():

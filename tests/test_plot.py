@@ -133,6 +133,40 @@ def test_values_without_a_step_are_refused():
         mj.plot.plot_sparsity([0, 1], [0.5])
 
 
+@pytest.mark.parametrize("stacked", [None, "kernel"])
+def test_a_stacked_tensor_has_no_single_threshold(stacked):
+    params = {"kernel": jnp.arange(24.0).reshape(2, 3, 4)}
+    tx = mj.movement_pruning(criterion=mj.Magnitude(), stacked=stacked)
+    ax = mj.plot.plot_scores((params, tx.init(params)), 0.5)
+    assert len(ax.lines) == (stacked is None)
+
+
+def test_a_weight_that_is_nan_leaves_the_lines_where_they_are():
+    params = {"kernel": jnp.array([[1.0, 2.0, 3.0], [4.0, 5.0, np.nan]])}
+    tx = mj.movement_pruning(criterion=mj.Magnitude())
+    ax = mj.plot.plot_quadrants((params, tx.init(params)), mj.Magnitude(), 0.5)
+    across, down = ax.lines
+    assert across.get_ydata()[0] == down.get_xdata()[0] == 4
+
+
+def test_a_state_without_a_tensor_is_refused():
+    state = {}, mj.movement_pruning(criterion=mj.Magnitude()).init({})
+    with pytest.raises(ValueError, match="nothing to plot"):
+        mj.plot.plot_scores(state, 0.5)
+    with pytest.raises(ValueError, match="nothing to plot"):
+        mj.plot.plot_quadrants(state, mj.Random(), 0.5)
+
+
+def test_errors_name_the_plot_that_was_called():
+    params = {"kernel": jnp.ones((2, 2))}
+    state = params, mj.movement_pruning().init(params)
+    with pytest.raises(ValueError, match="`plot_scores` ranks"):
+        mj.plot.plot_scores(state, 0.5)
+    state = params, mj.movement_pruning(criterion=mj.Magnitude()).init(params)
+    with pytest.raises(ValueError, match="`plot_quadrants.state, other, sparsity"):
+        mj.plot.plot_quadrants(state, mj.Random())
+
+
 def test_every_plot_draws_on_given_axes_and_saves(state, tmp_path):
     figure = matplotlib.figure.Figure(figsize=(12, 9))
     a, b, c, d = figure.subplots(2, 2).flat

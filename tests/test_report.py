@@ -35,6 +35,27 @@ def test_counts_sizes_sparsities_and_dead_rows_and_columns():
     assert (report.dense_size, report.dense_bytes) == (3, 12)
 
 
+def test_python_numbers_among_params_are_counted():
+    report = mj.summary(state_of({"kernel": KERNEL, "temp": 1.0}, 0.5))
+    assert (report.dense_size, report.dense_bytes) == (1, 4)
+
+
+def test_python_numbers_that_no_function_touched_are_counted():
+    params = {"kernel": KERNEL, "temp": 1.0}
+    tx = mj.movement_pruning(criterion=mj.Magnitude())
+    report = mj.summary((params, tx.init(params)))
+    assert (report.dense_size, report.dense_bytes) == (1, 4)
+
+
+@pytest.mark.parametrize("report", [mj.summary, mj.health])
+def test_an_optimizer_that_trains_other_weights_is_refused(report):
+    tx = optax.chain(optax.sgd(0.1), mj.movement_pruning(criterion=mj.Magnitude()))
+    tx = optax.contrib.schedule_free(tx, 0.1)
+    params = {"kernel": jnp.asarray(KERNEL)}
+    with pytest.raises(ValueError, match="`optax.contrib.schedule_free` keeps"):
+        report((params, tx.init(params)))
+
+
 def test_nothing_is_dead_before_pruning():
     total = mj.summary(state_of({"kernel": KERNEL})).total
     assert (total.asked, total.sparsity) == (0, 0)
