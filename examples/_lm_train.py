@@ -63,7 +63,7 @@ class Preset:
 LARGE = Preset(768, 12, 64, 512, 64, 3000, 200, 6e-4, 256, accelerator=True)
 PRESETS = {
     "tiny": Preset(32, 1, 16, 32, 16, 400, 30, 5e-3, 64),
-    "cpu": Preset(128, 4, 32, 128, 16, 900, 50, 2e-3, 96),
+    "cpu": Preset(128, 4, 32, 128, 16, 800, 40, 3e-3, 96),
     "gpu": LARGE,
     "tpu": LARGE,
 }

@@ -183,14 +183,14 @@ def _best(results: Mapping[str, Any], magnitude: str, random: str) -> str:
             continue
         best = min(loss, key=lambda name: loss[name][level]["mean"])
         cell = results["difference"].get(best, {}).get(level)
-        gain = (
-            ""
-            if cell is None
-            else f", {-cell['mean']:.3f} ± {cell['error']:.3f} below magnitude"
-        )
-        parts.append(
-            f"{_percent(level)} {best} ({loss[best][level]['mean']:.3f}{gain})"
-        )
+        if cell is None or not _below(cell):
+            shown = f"{magnitude} ({loss[magnitude][level]['mean']:.3f})"
+        else:
+            shown = (
+                f"{best} ({loss[best][level]['mean']:.3f}, {-cell['mean']:.3f} ± "
+                f"{cell['error']:.3f} below magnitude)"
+            )
+        parts.append(f"{_percent(level)} {shown}")
     lost = [
         f"{name} at {_levels(levels)}"
         for name, row in loss.items()
@@ -205,7 +205,10 @@ def _best(results: Mapping[str, Any], magnitude: str, random: str) -> str:
         )
     ]
     worse = f" No better than random: {'; '.join(lost)}." if lost else ""
-    return f"Lowest one-shot loss: {'; '.join(parts)}.{worse}"
+    return (
+        "Lowest one-shot loss (magnitude unless another is measurably lower): "
+        f"{'; '.join(parts)}.{worse}"
+    )
 
 
 def _recovered(
