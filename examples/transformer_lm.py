@@ -430,8 +430,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--out", default="runs/transformer_lm")
     parser.add_argument("--seed", type=int, default=0)
-    for name in ("steps", "recovery", "width", "layers", "length", "batch"):
+    sizes = ("steps", "recovery", "width", "layers", "length", "batch", "excerpts")
+    for name in sizes:
         parser.add_argument(f"--{name}", type=int, help="instead of the preset's")
+    parser.add_argument("--learning-rate", type=float, help="its peak")
     arguments = parser.parse_args()
     arguments.name = arguments.preset
     given = {
