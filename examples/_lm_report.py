@@ -234,7 +234,7 @@ def rates(results: Mapping[str, Any]) -> Grid:
                 name,
                 f"{figures.get('movement') or 0:.1%}",
                 f"{np.median(snr):.1f}" if snr else "-",
-                f"{figures.get('noise') or 0:.1%}",
+                f"{max(t['in_noise'] or 0 for t in health['tensors']):.1%}",
                 f"{health['jaccard']:.3f}",
                 ", ".join(warnings) or "none",
             )
@@ -250,7 +250,8 @@ def rates(results: Mapping[str, Any]) -> Grid:
             "warnings",
         ),
         rows,
-        "Signal/noise: median over tensors. Kept in noise: of the weights kept at "
+        "Signal/noise: median over tensors. Kept in noise: of the weights that the "
+        "worst tensor keeps at "
         "50 % sparsity, those that score no more than noise would. EMA 0.9: Jaccard "
         "index with magnitude at 80 %.",
     )
