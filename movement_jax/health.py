@@ -121,7 +121,8 @@ def _position(opened: Opened) -> list[Finding]:
             names.append(tensor.name)
         if float(most) > largest:
             largest, where = float(most), tensor.name
-    if not alive and not broken:
+    undone = int(found.events.undone)
+    if not alive and not broken and not undone:
         return [Finding("ok", name, 0, "All pruned weights are exactly zero.")]
     findings = []
     if broken:
@@ -135,15 +136,18 @@ def _position(opened: Opened) -> list[Finding]:
                 "call `apply_masks(params, find_state(opt_state).masks)` or `prune`.",
             )
         )
-    if alive:
+    if alive or undone:
+        what = f"Pruned weights were alive after {undone:,} updates to zero them"
+        if alive:
+            what = f"{alive:,} pruned weights are not zero"
+            what += f" (largest {largest:.3g}, in {where})"
         findings.append(
             Finding(
                 "warning",
                 name,
-                alive,
-                f"{alive:,} pruned weights are not zero (largest {largest:.3g}, in "
-                f"{where}): something follows `movement_pruning` in the chain and "
-                "moves them, so put it last, as in "
+                alive or undone,
+                f"{what}: something follows `movement_pruning` in the chain and moves "
+                "them, so put it last, as in "
                 "`optax.chain(optimizer, movement_pruning(...))`.",
             )
         )

@@ -205,8 +205,8 @@ def metrics(state: Any) -> dict[str, jax.Array]:
 
     Returns:
       ``sparsity`` (reached), ``sparsity_asked``, ``lowest_density`` (of any tensor),
-      ``mask_changes``, ``churn``, ``skipped_steps``, ``refused_changes`` and
-      ``scored_steps``, each with the prefix ``pruning/`` and shape ``()``.
+      ``mask_changes``, ``churn``, ``skipped_steps``, ``refused_changes``,
+      ``undone_updates`` and ``scored_steps``, each with the prefix ``pruning/`` and shape ``()``.
 
     Examples:
       >>> import jax.numpy as jnp, optax, movement_jax as mj
@@ -226,6 +226,7 @@ def metrics(state: Any) -> dict[str, jax.Array]:
         "churn": found.events.churn,
         "skipped_steps": found.events.skipped,
         "refused_changes": found.events.refused,
+        "undone_updates": found.events.undone,
         "scored_steps": found.step,
     }
     return {f"pruning/{name}": value for name, value in values.items()}

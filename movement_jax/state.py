@@ -51,12 +51,21 @@ class Events(NamedTuple):
       changes: times the masks changed. Shape ``()``, int32.
       churn: fraction of the weights whose mask flipped at the last change beyond what
         the change of sparsity explains. 0 unless ``regrow``. Shape ``()``, float32.
+      undone: times that pruned weights were alive again after an update had sent them
+        to zero, because something follows in the chain. Shape ``()``, int32.
+      alive: sum of the magnitudes of pruned weights when they were first seen alive;
+        0 while they are zero, infinite after a mask change. Shape ``()``, float32.
+      turned: 0 while pruned weights are sent to zero, 1 after an optimizer was found
+        to follow, 2 if nothing helps and they are left alone. Shape ``()``, int32.
     """
 
     skipped: jax.Array
     refused: jax.Array
     changes: jax.Array
     churn: jax.Array
+    undone: jax.Array
+    alive: jax.Array
+    turned: jax.Array
 
 
 class Tracked(NamedTuple):

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from movement_jax import schedules, selection
+from movement_jax import position, schedules, selection
 from movement_jax import tree as _tree
 from movement_jax.allocation import Allocation, Uniform
 from movement_jax.criteria import Criterion, EmaMagnitude
@@ -43,9 +43,12 @@ def movement_pruning(
     Goes last in a chain, or around an optimizer with ``inner=``. It rewrites the
     update of a pruned weight :math:`w` to :math:`-w`, so that ``apply_updates`` gives
     exactly 0.0 whatever momentum and weight decay do, also of one that something else
-    brought back to life. What follows it in a chain can undo that:
-    :func:`movement_jax.health` tells. A step whose gradients or
-    updates are not finite changes neither scores nor masks; no score is ever NaN.
+    brought back to life. If what follows it in a chain undoes that, it notices at the
+    next step, counts it in ``events.undone`` and makes up for it: an optimizer that
+    follows is given the gradient that takes pruned weights to zero, and scores are
+    taken of the weights as they come. :func:`movement_jax.health` then asks for the
+    right order, in which zeros are exact. A step whose gradients or updates are not
+    finite changes neither scores nor masks; no score is ever NaN.
 
     Masks change at the start of an update, from the scores that enter it, such that
     after ``k`` updates the sparsity is ``sparsity(k)``; a criterion that accumulates
@@ -125,6 +128,9 @@ def movement_pruning(
                 refused=jnp.zeros([], jnp.int32),
                 changes=jnp.zeros([], jnp.int32),
                 churn=jnp.zeros([], jnp.float32),
+                undone=jnp.zeros([], jnp.int32),
+                alive=jnp.zeros([], jnp.float32),
+                turned=jnp.zeros([], jnp.int32),
             ),
             tracked=_start_tracking(weights, track_start, track_noise),
             config=config,
@@ -161,14 +167,15 @@ def movement_pruning(
         state = state._replace(inner_state=inner_state)
 
         if state.config.finalized:
-            return _project(state.masks, updates, params), state
+            return position.project(state, updates, params), state
 
         if not state.config.regrow:
+            state = position.look(state, weights)
             state = _on_schedule(state, weights, sparsity, finite)
-            updates = _project(state.masks, updates, params)
+            updates = position.project(state, updates, params)
         else:
             updates = _keep(state.masks, updates)
-        new_weights = _apply(state.masks, params, updates)
+        new_weights = _apply(state, params, updates)
         state = _score(state, weights, grads, new_weights, finite)
         if state.config.regrow:
             state = _on_schedule(state, new_weights, sparsity, finite)
@@ -251,23 +258,27 @@ def _on_schedule(
         changes &= ~(asked <= state.sparsity)
 
     def change(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        _, masks, _ = carry
+        _, masks, churn, alive = carry
         new = change_masks(state._replace(masks=masks), weights, target)
-        churn = _churn(masks, new) if regrow else state.events.churn
-        return jnp.bool_(False), new, churn
+        if regrow:
+            churn = _churn(masks, new)
+        else:
+            alive = position.after_change(alive, masks, new, weights)
+        return jnp.bool_(False), new, churn, alive
 
     # A loop of zero or one trips: its carry is aliased, so that steps which do not
     # prune touch neither masks nor scores. A conditional copies both.
-    _, masks, churn = lax.while_loop(
+    _, masks, churn, alive = lax.while_loop(
         lambda carry: carry[0],
         change,
-        (changes & valid, state.masks, state.events.churn),
+        (changes & valid, state.masks, state.events.churn, state.events.alive),
     )
     done = (changes & valid).astype(jnp.int32)
     events = state.events._replace(
         refused=state.events.refused + (changes & ~valid).astype(jnp.int32),
         changes=state.events.changes + done,
         churn=churn,
+        alive=alive,
     )
     reached = jnp.where(changes & valid, asked, state.sparsity)
     return state._replace(masks=masks, sparsity=reached, events=events)
@@ -342,19 +353,6 @@ def noise_decay(criterion: Criterion) -> float:
     return _NOISE_DECAY
 
 
-def _project(masks: Any, updates: Any, params: Any) -> Any:
-    """Updates that bring pruned weights to exactly zero."""
-
-    def zero(mask: Any, update: Any, param: Any) -> Any:
-        if _tree.is_hole(mask):
-            return update
-        # In the wider of both dtypes: a rounded -param would not cancel.
-        dtype = jnp.promote_types(update.dtype, param.dtype)
-        return jnp.where(mask, update.astype(dtype), -param.astype(dtype))
-
-    return jax.tree.map(zero, masks, updates, params, is_leaf=_tree.is_hole)
-
-
 def _keep(masks: Any, updates: Any) -> Any:
     """Updates that leave pruned weights where they are."""
 
@@ -366,13 +364,16 @@ def _keep(masks: Any, updates: Any) -> Any:
     return jax.tree.map(keep, masks, updates, is_leaf=_tree.is_hole)
 
 
-def _apply(masks: Any, params: Any, updates: Any) -> Any:
-    """The prunable weights after the update."""
+def _apply(state: MovementState, params: Any, updates: Any) -> Any:
+    """The prunable weights after the update; before it, if something changes it."""
+    arrives = state.events.undone == 0
 
     def add(mask: Any, param: Any, update: Any) -> Any:
-        return mask if _tree.is_hole(mask) else (param + update).astype(param.dtype)
+        if _tree.is_hole(mask):
+            return mask
+        return jnp.where(arrives, (param + update).astype(param.dtype), param)
 
-    return jax.tree.map(add, masks, params, updates, is_leaf=_tree.is_hole)
+    return jax.tree.map(add, state.masks, params, updates, is_leaf=_tree.is_hole)
 
 
 def _all_finite(tree: Any) -> jax.Array:

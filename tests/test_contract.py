@@ -213,6 +213,7 @@ def check_zeros(params, opt_state, form):
         params = params | {"dense": mj.apply_masks(params["dense"], masks)}
     kernel = np.asarray(params["dense"]["kernel"])
     np.testing.assert_array_equal(kernel == 0, ~mask)
+    assert mj.find_state(opt_state).events.undone == 0
 
 
 @pytest.mark.parametrize("name, form, wrapper", REGROWING)

@@ -12,6 +12,7 @@ import pytest
 import movement_jax as mj
 
 matplotlib = pytest.importorskip("matplotlib")
+pytest.importorskip("matplotlib.figure")  # what an import of it alone leaves out
 
 
 @pytest.fixture(scope="module")

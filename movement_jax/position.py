@@ -1,0 +1,83 @@
+"""Whether updates reach the weights as they were meant, and a remedy if they do not.
+
+A transformation does not see what follows it in a chain. It can see that pruned
+weights are alive one update after it sent them to zero.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from movement_jax import tree as _tree
+from movement_jax.state import MovementState
+
+LOOK_EVERY = 32  # steps; and always after masks changed or pruned weights were alive
+# What multiplies a pruned weight to make its update: to zero at once if nothing
+# follows, by descent if an optimizer does, and left alone if neither helps.
+_DIRECTIONS = (-1.0, 1.0, 0.0)
+_GROWTH = (1.5, 4.0, float("inf"))  # of their sum, after which to try the next
+
+
+def look(state: MovementState, weights: Any) -> MovementState:
+    """Looks, every now and then, whether pruned weights are at zero.
+
+    Alive once, they may have been revived on purpose. If they are alive again after
+    the update that sent them to zero, something undoes it. What shrinks or delays
+    updates still lets them reach zero. An optimizer takes them for gradients and
+    drives the weights away: where they grow, the direction is turned.
+
+    Args:
+      state: before its masks change in this step.
+      weights: params with holes like ``state.masks``.
+
+    Returns:
+      ``state`` with its events brought up to date.
+    """
+    events = state.events
+    due = (events.alive > 0) | (state.step % LOOK_EVERY == 0)
+    _, now = lax.while_loop(  # zero or one trips, as for masks
+        lambda carry: carry[0],
+        lambda _: (jnp.bool_(False), total(state.masks, weights)),
+        (due, jnp.float32(0)),
+    )
+    again = (events.alive > 0) & jnp.isfinite(events.alive) & (now > 0)
+    grown = again & (now > jnp.asarray(_GROWTH)[events.turned] * events.alive)
+    events = events._replace(
+        undone=events.undone + again.astype(jnp.int32),
+        turned=events.turned + grown.astype(jnp.int32),
+        alive=jnp.where(again & ~grown, events.alive, now),
+    )
+    return state._replace(events=events)
+
+
+def total(masks: Any, weights: Any) -> jax.Array:
+    """Sum of the magnitudes of all pruned weights that are finite. float32."""
+    result = jnp.float32(0)
+    for mask, weight in zip(jax.tree.leaves(masks), jax.tree.leaves(weights)):
+        size = jnp.abs(weight.astype(jnp.float32))
+        result += jnp.sum(jnp.where(mask | ~jnp.isfinite(size), 0, size))
+    return result
+
+
+def after_change(alive: jax.Array, old: Any, new: Any, weights: Any) -> jax.Array:
+    """``events.alive`` after masks changed: what was dropped now adds to the rest."""
+    dropped = jax.tree.map(lambda a, b: b | ~a, old, new)
+    return jnp.where(alive > 0, alive + total(dropped, weights), jnp.inf)
+
+
+def project(state: MovementState, updates: Any, params: Any) -> Any:
+    """Updates that bring pruned weights to exactly zero, if applied as they are."""
+    direction = jnp.asarray(_DIRECTIONS)[state.events.turned]
+
+    def zero(mask: Any, update: Any, param: Any) -> Any:
+        if _tree.is_hole(mask):
+            return update
+        # In the wider of both dtypes: a rounded -param would not cancel.
+        dtype = jnp.promote_types(update.dtype, param.dtype)
+        return jnp.where(
+            mask, update.astype(dtype), direction.astype(dtype) * param.astype(dtype)
+        )
+
+    return jax.tree.map(zero, state.masks, updates, params, is_leaf=_tree.is_hole)
