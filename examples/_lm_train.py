@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 import movement_jax as mj
 from movement_jax import tree
+from movement_jax.masking import masks_from
 from movement_jax.schedules import Target
 from movement_jax.state import replace_state
-from movement_jax.transform import masks_from
 
 
 @dataclasses.dataclass(frozen=True)

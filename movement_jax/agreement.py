@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from movement_jax import schedules, transform
+from movement_jax import masking, schedules
 from movement_jax import state as _state
 from movement_jax import tree as _tree
 from movement_jax.criteria import Criterion
@@ -279,7 +279,7 @@ def masks_at(
 @functools.partial(jax.jit, static_argnames="sparsity")
 def _masks_at(scores: Any, found: MovementState, kept: Any, *, sparsity: float) -> Any:
     target = schedules.Target(sparsity)  # a Python number, for exact counts
-    return transform.masks_from(scores, found, target, kept)
+    return masking.masks_from(scores, found, target, kept)
 
 
 def _rank_other(opened: Opened, other: Any, caller: str) -> tuple[str, Any] | None:

@@ -24,9 +24,9 @@ from movement_jax.report import (
     scores_of,
     whole,
 )
+from movement_jax.scoring import noise_decay
 from movement_jax.selection import Tensor
 from movement_jax.state import MovementState
-from movement_jax.transform import noise_decay
 
 LEAST_MOVEMENT = 0.02
 MOST_NOISE = 0.05

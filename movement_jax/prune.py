@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from movement_jax import schedules, selection, transform
+from movement_jax import masking, schedules, selection
 from movement_jax import state as _state
 from movement_jax import tree as _tree
 from movement_jax.state import MovementState
@@ -74,7 +74,7 @@ def prune(state: TrainStateT, sparsity: jax.typing.ArrayLike) -> TrainStateT:
     accepted = scored & (asked >= 0) & (asked <= 1)
     masks = jax.tree.map(
         lambda new, old: jnp.where(accepted, new, old),
-        transform.change_masks(found, weights, schedules.Target(sparsity)),
+        masking.change_masks(found, weights, schedules.Target(sparsity)),
         found.masks,
     )
     if not found.config.regrow:
@@ -206,7 +206,8 @@ def metrics(state: Any) -> dict[str, jax.Array]:
     Returns:
       ``sparsity`` (reached), ``sparsity_asked``, ``lowest_density`` (of any tensor),
       ``mask_changes``, ``churn``, ``skipped_steps``, ``refused_changes``,
-      ``undone_updates`` and ``scored_steps``, each with the prefix ``pruning/`` and shape ``()``.
+      ``undone_updates`` and ``scored_steps``, each with the prefix ``pruning/`` and
+      shape ``()``.
 
     Examples:
       >>> import jax.numpy as jnp, optax, movement_jax as mj
@@ -304,5 +305,5 @@ def _checked(sparsity: Any, found: MovementState) -> Any:
         sparsity = float(sparsity)
     schedules.check_sparsity("sparsity", sparsity)
     if sparsity == 1:
-        transform.check_emptying(found.config.allocation)
+        masking.check_emptying(found.config.allocation)
     return sparsity

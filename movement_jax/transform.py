@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 
-from movement_jax import position, schedules, selection
+from movement_jax import masking, position, schedules, scoring
 from movement_jax import tree as _tree
 from movement_jax.allocation import Allocation, Uniform
 from movement_jax.criteria import Criterion, EmaMagnitude
@@ -17,12 +16,8 @@ from movement_jax.state import (
     Events,
     MovementState,
     PruningConfig,
-    Tracked,
     tensors_in,
-    tensors_of,
 )
-
-_NOISE_DECAY = 0.9  # for criteria that have no memory of their own
 
 
 def movement_pruning(
@@ -132,7 +127,7 @@ def movement_pruning(
                 alive=jnp.zeros([], jnp.float32),
                 turned=jnp.zeros([], jnp.int32),
             ),
-            tracked=_start_tracking(weights, track_start, track_noise),
+            tracked=scoring.start_tracking(weights, track_start, track_noise),
             config=config,
             inner_state=wrapped.init(params),
         )
@@ -171,186 +166,17 @@ def movement_pruning(
 
         if not state.config.regrow:
             state = position.look(state, weights)
-            state = _on_schedule(state, weights, sparsity, finite)
+            state = masking.on_schedule(state, weights, sparsity, finite)
             updates = position.project(state, updates, params)
         else:
             updates = _keep(state.masks, updates)
         new_weights = _apply(state, params, updates)
-        state = _score(state, weights, grads, new_weights, finite)
+        state = scoring.score(state, weights, grads, new_weights, finite)
         if state.config.regrow:
-            state = _on_schedule(state, new_weights, sparsity, finite)
+            state = masking.on_schedule(state, new_weights, sparsity, finite)
         return updates, state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def change_masks(state: MovementState, weights: Any, target: schedules.Target) -> Any:
-    """Masks at the given sparsity, from the scores in ``state``.
-
-    Args:
-      state: as carried by the optimizer.
-      weights: params with holes like ``state.masks``.
-      target: fraction to drop, and how far a schedule has come.
-
-    Returns:
-      New masks, like ``state.masks``.
-    """
-    scores = state.config.criterion.scores(state.scores, weights)
-    kept = None if state.config.regrow else state.masks
-    return masks_from(scores, state, target, kept)
-
-
-def masks_from(
-    scores: Any, state: MovementState, target: schedules.Target, kept: Any = None
-) -> Any:
-    """Masks of the highest of any scores, spread as ``state`` is configured to.
-
-    Args:
-      scores: tree like ``state.masks``.
-      state: gives the allocation and the stacked paths.
-      target: fraction to drop, and how far a schedule has come.
-      kept: masks that may only shrink, or None.
-
-    Returns:
-      New masks, like ``state.masks``.
-    """
-    tensors = tensors_of(state)
-    if not tensors:
-        return state.masks
-    structure = jax.tree.structure(state.masks)
-    leaves = structure.flatten_up_to(scores)
-    old = None if kept is None else structure.flatten_up_to(kept)
-    n_drop, hint = state.config.allocation.n_drop(target, tensors, leaves, old)
-    new = selection.keep_masks(leaves, tensors, n_drop, kept=old, hint=hint)
-    if old is not None:
-        new = [a & b for a, b in zip(new, old)]
-    return structure.unflatten(new)
-
-
-def _on_schedule(
-    state: MovementState,
-    weights: Any,
-    sparsity: optax.ScalarOrSchedule | None,
-    finite: jax.Array,
-) -> MovementState:
-    """Changes the masks if the schedule says so, at no cost if it does not."""
-    if sparsity is None:
-        return state
-    regrow, criterion = state.config.regrow, state.config.criterion
-    # At this point of the update the step counter still tells the steps before it,
-    # except with regrow, where the step has been counted.
-    after = state.step if regrow else state.step + 1
-    if isinstance(sparsity, schedules.Polynomial):
-        target = sparsity.target(after)
-    else:
-        target = schedules.Target(sparsity(after) if callable(sparsity) else sparsity)
-    if isinstance(target.sparsity, int | float):
-        schedules.check_sparsity("sparsity", target.sparsity)
-    due = sparsity.due(after) if hasattr(sparsity, "due") else jnp.bool_(True)
-    asked = jnp.asarray(target.sparsity, jnp.float32)
-    if isinstance(sparsity, schedules.Polynomial):
-        # Made up for, if nothing was scored yet when it was due.
-        due |= (after >= sparsity.end) & (state.sparsity < asked)
-    valid = (asked >= 0) & (asked <= 1)
-    scored = (state.step > 0) | (not getattr(criterion, "accumulates", True))
-    changes = finite & due & scored
-    if not regrow:
-        changes &= ~(asked <= state.sparsity)
-
-    def change(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        _, masks, churn, alive = carry
-        new = change_masks(state._replace(masks=masks), weights, target)
-        if regrow:
-            churn = _churn(masks, new)
-        else:
-            alive = position.after_change(alive, masks, new, weights)
-        return jnp.bool_(False), new, churn, alive
-
-    # A loop of zero or one trips: its carry is aliased, so that steps which do not
-    # prune touch neither masks nor scores. A conditional copies both.
-    _, masks, churn, alive = lax.while_loop(
-        lambda carry: carry[0],
-        change,
-        (changes & valid, state.masks, state.events.churn, state.events.alive),
-    )
-    done = (changes & valid).astype(jnp.int32)
-    events = state.events._replace(
-        refused=state.events.refused + (changes & ~valid).astype(jnp.int32),
-        changes=state.events.changes + done,
-        churn=churn,
-        alive=alive,
-    )
-    reached = jnp.where(changes & valid, asked, state.sparsity)
-    return state._replace(masks=masks, sparsity=reached, events=events)
-
-
-def _score(
-    state: MovementState, weights: Any, grads: Any, new_weights: Any, finite: jax.Array
-) -> MovementState:
-    """Scores the step that was just made, unless it was a bad one."""
-
-    def accept(new: jax.typing.ArrayLike, old: jax.typing.ArrayLike) -> jax.Array:
-        new, old, good = jnp.asarray(new), jnp.asarray(old), finite
-        if jnp.issubdtype(old.dtype, jnp.inexact):
-            good = finite & jnp.isfinite(new)
-        return jnp.where(good, new.astype(old.dtype), old)
-
-    scores = state.config.criterion.update(
-        state.scores, params=weights, grads=grads, new_params=new_weights
-    )
-    scores = jax.tree.map(accept, scores, state.scores)
-    tracked = jax.tree.map(accept, _track(state, new_weights), state.tracked)
-    return state._replace(
-        step=jnp.where(finite, optax.safe_increment(state.step), state.step),
-        scores=scores,
-        tracked=tracked,
-        events=state.events._replace(
-            skipped=state.events.skipped + (~finite).astype(jnp.int32)
-        ),
-    )
-
-
-def _start_tracking(weights: Any, start: bool, noise: bool) -> Tracked:
-    # Copies, since the caller may donate params and optimizer state together.
-    return Tracked(
-        start=jax.tree.map(jnp.copy, weights) if start else (),
-        mean=jax.tree.map(lambda w: w.astype(jnp.float32) + 0, weights)
-        if noise
-        else (),
-        variance=jax.tree.map(lambda w: jnp.zeros([], jnp.float32), weights)
-        if noise
-        else (),
-    )
-
-
-def _track(state: MovementState, new_weights: Any) -> Tracked:
-    tracked = state.tracked
-    if isinstance(tracked.mean, tuple) and tracked.mean == ():
-        return tracked
-    decay = noise_decay(state.config.criterion)
-
-    def deviation(variance: Any, mean: Any, weight: Any, mask: Any) -> jax.Array:
-        # Pruned weights do not move, and the fall to zero of new ones is no noise.
-        square = jnp.where(mask, jnp.square(weight.astype(jnp.float32) - mean), 0)
-        kept = jnp.maximum(mask.mean(dtype=jnp.float32), jnp.float32(1e-30))
-        return decay * variance + (1 - decay) * square.mean() / kept
-
-    def average(mean: jax.Array, weight: jax.Array) -> jax.Array:
-        return decay * mean + (1 - decay) * weight.astype(jnp.float32)
-
-    return tracked._replace(
-        variance=jax.tree.map(
-            deviation, tracked.variance, tracked.mean, new_weights, state.masks
-        ),
-        mean=jax.tree.map(average, tracked.mean, new_weights),
-    )
-
-
-def noise_decay(criterion: Criterion) -> float:
-    """The decay of the running mean against which noise is measured."""
-    if isinstance(criterion, EmaMagnitude) and criterion.decay is not None:
-        return criterion.decay
-    return _NOISE_DECAY
 
 
 def _keep(masks: Any, updates: Any) -> Any:
@@ -385,16 +211,6 @@ def _all_finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.stack(checks)) if checks else jnp.bool_(True)
 
 
-def _churn(old: Any, new: Any) -> jax.Array:
-    """Fraction of the weights that changed places: one dropped, another revived."""
-    dropped, revived, total = jnp.float32(0), jnp.float32(0), 0
-    for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new)):
-        counts = selection.tally((a & ~b, ~a & b))
-        dropped, revived = dropped + counts[0], revived + counts[1]
-        total += a.size
-    return 2 * jnp.minimum(dropped, revived) / max(total, 1)
-
-
 def _check_arguments(
     sparsity: Any, criterion: Any, allocation: Any, inner: Any
 ) -> None:
@@ -422,7 +238,7 @@ def _check_arguments(
             ) from None
     highest = getattr(sparsity, "final", sparsity)
     if isinstance(highest, int | float) and highest == 1:
-        check_emptying(allocation)
+        masking.check_emptying(allocation)
     if inner is not None and not hasattr(inner, "update"):
         raise TypeError(
             f"`inner` must be an optax optimizer, got {inner!r}. For example "
@@ -434,16 +250,6 @@ def _check_arguments(
             f"`{name}` needs the raw gradients, which a transformation at the end of a "
             "chain does not see. Wrap the optimizer instead: "
             f"`movement_pruning(sparsity, {name}(), inner=optax.adamw(...))`."
-        )
-
-
-def check_emptying(allocation: Any) -> None:
-    """Refuses sparsity 1 unless it was asked for twice."""
-    if getattr(allocation, "min_keep", 0):
-        name = type(allocation).__name__
-        raise ValueError(
-            f"`sparsity`=1 would empty every tensor. If you mean it, say so with "
-            f"`allocation={name}(min_keep=0)`; else give a fraction below 1."
         )
 
 

@@ -1,0 +1,81 @@
+"""What a good step adds to the scores and to what is measured beside them."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from movement_jax.criteria import Criterion, EmaMagnitude
+from movement_jax.state import MovementState, Tracked
+
+_NOISE_DECAY = 0.9  # for criteria that have no memory of their own
+
+
+def score(
+    state: MovementState, weights: Any, grads: Any, new_weights: Any, finite: jax.Array
+) -> MovementState:
+    """Scores the step that was just made, unless it was a bad one."""
+
+    def accept(new: jax.typing.ArrayLike, old: jax.typing.ArrayLike) -> jax.Array:
+        new, old, good = jnp.asarray(new), jnp.asarray(old), finite
+        if jnp.issubdtype(old.dtype, jnp.inexact):
+            good = finite & jnp.isfinite(new)
+        return jnp.where(good, new.astype(old.dtype), old)
+
+    scores = state.config.criterion.update(
+        state.scores, params=weights, grads=grads, new_params=new_weights
+    )
+    scores = jax.tree.map(accept, scores, state.scores)
+    tracked = jax.tree.map(accept, _track(state, new_weights), state.tracked)
+    return state._replace(
+        step=jnp.where(finite, optax.safe_increment(state.step), state.step),
+        scores=scores,
+        tracked=tracked,
+        events=state.events._replace(
+            skipped=state.events.skipped + (~finite).astype(jnp.int32)
+        ),
+    )
+
+
+def start_tracking(weights: Any, start: bool, noise: bool) -> Tracked:
+    """Copies of weights, as the caller may donate params and state together."""
+    return Tracked(
+        start=jax.tree.map(jnp.copy, weights) if start else (),
+        mean=jax.tree.map(lambda w: w.astype(jnp.float32) + 0, weights)
+        if noise
+        else (),
+        variance=jax.tree.map(lambda w: jnp.zeros([], jnp.float32), weights)
+        if noise
+        else (),
+    )
+
+
+def noise_decay(criterion: Criterion) -> float:
+    """The decay of the running mean against which noise is measured."""
+    if isinstance(criterion, EmaMagnitude) and criterion.decay is not None:
+        return criterion.decay
+    return _NOISE_DECAY
+
+
+def _track(state: MovementState, new_weights: Any) -> Tracked:
+    tracked = state.tracked
+    if isinstance(tracked.mean, tuple) and tracked.mean == ():
+        return tracked
+    decay = noise_decay(state.config.criterion)
+
+    def deviation(variance: Any, mean: Any, weight: Any, mask: Any) -> jax.Array:
+        # Pruned weights do not move, and the fall to zero of new ones is no noise.
+        square = jnp.where(mask, jnp.square(weight.astype(jnp.float32) - mean), 0)
+        kept = jnp.maximum(mask.mean(dtype=jnp.float32), jnp.float32(1e-30))
+        return decay * variance + (1 - decay) * square.mean() / kept
+
+    def average(mean: jax.Array, weight: jax.Array) -> jax.Array:
+        return decay * mean + (1 - decay) * weight.astype(jnp.float32)
+
+    return tracked._replace(
+        variance=jax.tree.map(
+            deviation, tracked.variance, tracked.mean, new_weights, state.masks
+        ),
+        mean=jax.tree.map(average, tracked.mean, new_weights),
+    )
