@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from movement_jax import tree as _tree
@@ -57,14 +58,22 @@ def total(masks: Any, weights: Any) -> jax.Array:
     result = jnp.float32(0)
     for mask, weight in zip(jax.tree.leaves(masks), jax.tree.leaves(weights)):
         size = jnp.abs(weight.astype(jnp.float32))
-        result += jnp.sum(jnp.where(mask | ~jnp.isfinite(size), 0, size))
+        counts = ~mask & jnp.isfinite(size)
+        # Two sums at once, as XLA for CPU stores the operand of a lone one first.
+        size, n = lax.reduce(
+            (jnp.where(counts, size, 0), counts.astype(jnp.float32)),
+            (np.float32(0), np.float32(0)),
+            lambda a, b: (a[0] + b[0], a[1] + b[1]),
+            tuple(range(weight.ndim)),
+        )
+        result += jnp.where(n > 0, size, 0)
     return result
 
 
 def after_change(alive: jax.Array, old: Any, new: Any, weights: Any) -> jax.Array:
     """``events.alive`` after masks changed: what was dropped now adds to the rest."""
-    dropped = jax.tree.map(lambda a, b: b | ~a, old, new)
-    return jnp.where(alive > 0, alive + total(dropped, weights), jnp.inf)
+    added = total(new, weights) - total(old, weights)
+    return jnp.where(alive > 0, alive + added, jnp.inf)
 
 
 def project(state: MovementState, updates: Any, params: Any) -> Any:
