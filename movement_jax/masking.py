@@ -1,5 +1,6 @@
 """When masks change, and what to: scores, allocation and selection brought together."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,8 +17,17 @@ def on_schedule(
     weights: Any,
     sparsity: optax.ScalarOrSchedule | None,
     finite: jax.Array,
+    seen_alive: jax.Array | None = None,
 ) -> MovementState:
-    """Changes the masks if the schedule says so, at no cost if it does not."""
+    """Changes the masks if the schedule says so, at no cost if it does not.
+
+    Args:
+      state: before the change.
+      weights: params with holes like ``state.masks``.
+      sparsity: as given to :func:`movement_jax.movement_pruning`.
+      finite: whether this is a good step. Shape ``()``, bool.
+      seen_alive: what :func:`movement_jax.position.look` saw; None with ``regrow``.
+    """
     if sparsity is None:
         return state
     regrow, criterion = state.config.regrow, state.config.criterion
@@ -41,13 +51,16 @@ def on_schedule(
     if not regrow:
         changes &= ~(asked <= state.sparsity)
 
+    starts = selection.segment_starts(tensors_of(state), state.step >> 31)
+
     def change(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         _, masks, churn, alive = carry
-        new = change_masks(state._replace(masks=masks), weights, target)
-        if regrow:
+        new = change_masks(state._replace(masks=masks), weights, target, starts)
+        if seen_alive is None:
             churn = _churn(masks, new)
         else:
-            alive = position.after_change(alive, masks, new, weights)
+            now = position.total(new, weights)
+            alive = position.after_change(alive, seen_alive, now)
         return jnp.bool_(False), new, churn, alive
 
     # A loop of zero or one trips: its carry is aliased, so that steps which do not
@@ -68,24 +81,34 @@ def on_schedule(
     return state._replace(masks=masks, sparsity=reached, events=events)
 
 
-def change_masks(state: MovementState, weights: Any, target: schedules.Target) -> Any:
+def change_masks(
+    state: MovementState,
+    weights: Any,
+    target: schedules.Target,
+    starts: Sequence[jax.Array] | None = None,
+) -> Any:
     """Masks at the given sparsity, from the scores in ``state``.
 
     Args:
       state: as carried by the optimizer.
       weights: params with holes like ``state.masks``.
       target: fraction to drop, and how far a schedule has come.
+      starts: as for :func:`movement_jax.selection.keep_masks`.
 
     Returns:
       New masks, like ``state.masks``.
     """
     scores = state.config.criterion.scores(state.scores, weights)
     kept = None if state.config.regrow else state.masks
-    return masks_from(scores, state, target, kept)
+    return masks_from(scores, state, target, kept, starts)
 
 
 def masks_from(
-    scores: Any, state: MovementState, target: schedules.Target, kept: Any = None
+    scores: Any,
+    state: MovementState,
+    target: schedules.Target,
+    kept: Any = None,
+    starts: Sequence[jax.Array] | None = None,
 ) -> Any:
     """Masks of the highest of any scores, spread as ``state`` is configured to.
 
@@ -94,6 +117,7 @@ def masks_from(
       state: gives the allocation and the stacked paths.
       target: fraction to drop, and how far a schedule has come.
       kept: masks that may only shrink, or None.
+      starts: as for :func:`movement_jax.selection.keep_masks`.
 
     Returns:
       New masks, like ``state.masks``.
@@ -105,7 +129,9 @@ def masks_from(
     leaves = structure.flatten_up_to(scores)
     old = None if kept is None else structure.flatten_up_to(kept)
     n_drop, hint = state.config.allocation.n_drop(target, tensors, leaves, old)
-    new = selection.keep_masks(leaves, tensors, n_drop, kept=old, hint=hint)
+    new = selection.keep_masks(
+        leaves, tensors, n_drop, kept=old, hint=hint, starts=starts
+    )
     if old is not None:
         new = [a & b for a, b in zip(new, old)]
     return structure.unflatten(new)

@@ -14,6 +14,7 @@ from jax import lax
 from movement_jax import tree as _tree
 from movement_jax.state import MovementState
 
+LOOK_AT = 2  # tensors
 LOOK_EVERY = 32  # steps; and always after masks changed or pruned weights were alive
 # What multiplies a pruned weight to make its update: to zero at once if nothing
 # follows, by descent if an optimizer does, and left alone if neither helps.
@@ -21,7 +22,7 @@ _DIRECTIONS = (-1.0, 1.0, 0.0)
 _GROWTH = (1.5, 4.0, float("inf"))  # of their sum, after which to try the next
 
 
-def look(state: MovementState, weights: Any) -> MovementState:
+def look(state: MovementState, weights: Any) -> tuple[MovementState, jax.Array]:
     """Looks, every now and then, whether pruned weights are at zero.
 
     Alive once, they may have been revived on purpose. If they are alive again after
@@ -34,7 +35,8 @@ def look(state: MovementState, weights: Any) -> MovementState:
       weights: params with holes like ``state.masks``.
 
     Returns:
-      ``state`` with its events brought up to date.
+      ``state`` with its events brought up to date, and the :func:`total` that was
+      seen, 0 if it was not time to look.
     """
     events = state.events
     due = (events.alive > 0) | (state.step % LOOK_EVERY == 0)
@@ -50,13 +52,17 @@ def look(state: MovementState, weights: Any) -> MovementState:
         turned=events.turned + grown.astype(jnp.int32),
         alive=jnp.where(again & ~grown, events.alive, now),
     )
-    return state._replace(events=events)
+    return state._replace(events=events), now
 
 
 def total(masks: Any, weights: Any) -> jax.Array:
-    """Sum of the magnitudes of all pruned weights that are finite. float32."""
+    """Sum of the magnitudes of pruned weights that are finite. Shape (), float32.
+
+    Of the largest tensors only: what follows in a chain sees all of them alike.
+    """
     result = jnp.float32(0)
-    for mask, weight in zip(jax.tree.leaves(masks), jax.tree.leaves(weights)):
+    pairs = zip(jax.tree.leaves(masks), jax.tree.leaves(weights))
+    for mask, weight in sorted(pairs, key=lambda pair: -pair[0].size)[:LOOK_AT]:
         size = jnp.abs(weight.astype(jnp.float32))
         counts = ~mask & jnp.isfinite(size)
         # Two sums at once, as XLA for CPU stores the operand of a lone one first.
@@ -70,10 +76,15 @@ def total(masks: Any, weights: Any) -> jax.Array:
     return result
 
 
-def after_change(alive: jax.Array, old: Any, new: Any, weights: Any) -> jax.Array:
-    """``events.alive`` after masks changed: what was dropped now adds to the rest."""
-    added = total(new, weights) - total(old, weights)
-    return jnp.where(alive > 0, alive + added, jnp.inf)
+def after_change(alive: jax.Array, seen: jax.Array, now: jax.Array) -> jax.Array:
+    """``events.alive`` after masks changed: what was dropped now adds to the rest.
+
+    Args:
+      alive: before the change.
+      seen: the total of this step before the change.
+      now: the total after it.
+    """
+    return jnp.where(alive > 0, alive + now - seen, jnp.inf)
 
 
 def project(state: MovementState, updates: Any, params: Any) -> Any:

@@ -165,8 +165,8 @@ def movement_pruning(
             return position.project(state, updates, params), state
 
         if not state.config.regrow:
-            state = position.look(state, weights)
-            state = masking.on_schedule(state, weights, sparsity, finite)
+            state, alive = position.look(state, weights)
+            state = masking.on_schedule(state, weights, sparsity, finite, alive)
             updates = position.project(state, updates, params)
         else:
             updates = _keep(state.masks, updates)
