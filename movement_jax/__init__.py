@@ -3,6 +3,7 @@
 from movement_jax import plot
 from movement_jax.agreement import Agreement, Disputed, TensorAgreement, agreement
 from movement_jax.allocation import Allocation, ErdosRenyi, Global, PerPath, Uniform
+from movement_jax.counting import Tensor
 from movement_jax.criteria import (
     Criterion,
     EmaMagnitude,
@@ -24,7 +25,7 @@ from movement_jax.prune import (
 )
 from movement_jax.report import Summary, TensorSummary, summary
 from movement_jax.schedules import Polynomial, Stepwise, cubic, linear, one_shot
-from movement_jax.selection import Tensor, keep_top
+from movement_jax.selection import keep_top
 from movement_jax.state import Events, MovementState, PruningConfig, Tracked, find_state
 from movement_jax.transform import movement_pruning
 

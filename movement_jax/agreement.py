@@ -11,6 +11,7 @@ import numpy as np
 from movement_jax import masking, schedules
 from movement_jax import state as _state
 from movement_jax import tree as _tree
+from movement_jax.counting import Tensor
 from movement_jax.criteria import Criterion
 from movement_jax.prune import unpack
 from movement_jax.report import (
@@ -25,7 +26,6 @@ from movement_jax.report import (
     scores_of,
     whole,
 )
-from movement_jax.selection import Tensor
 from movement_jax.state import MovementState, Tracked
 
 if TYPE_CHECKING:
@@ -382,7 +382,7 @@ def _given_masks(found: MovementState, other: Any, caller: str) -> Any:
 
 def _dropped_by(masks: Any, tensors: list[Tensor]) -> float:
     leaves = jax.tree.leaves(masks)
-    dropped = sum(whole(count(~m, t.stacked)) for m, t in zip(leaves, tensors))
+    dropped = sum(whole(count(~m, t.leading)) for m, t in zip(leaves, tensors))
     return dropped / max(sum(mask.size for mask in leaves), 1)
 
 
@@ -398,7 +398,7 @@ def _agree(
     tensor: Tensor, a: Any, b: Any, score: Any, weight: Any
 ) -> tuple[TensorAgreement, _Sample, _Sample]:
     both, only_a, only_b = (
-        whole(count(p, tensor.stacked)) for p in (~a & ~b, ~a & b, a & ~b)
+        whole(count(p, tensor.leading)) for p in (~a & ~b, ~a & b, a & ~b)
     )
     size = tensor.segments * tensor.size
     where_a = where_b = _Sample(0, np.zeros(0), np.zeros(0))

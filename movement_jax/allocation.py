@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from movement_jax import schedules, selection
+from movement_jax import counting, schedules, selection, wide
 from movement_jax.arguments import make_plain, plain
+from movement_jax.counting import Tensor
 from movement_jax.schedules import Target
-from movement_jax.selection import Tensor
+from movement_jax.wide import Wide
+
+_MOST_SEGMENTS = 2 ** (31 - wide.BITS)
 
 
 class Allocation(Protocol):
@@ -63,8 +66,8 @@ class Uniform:
         _check_min_keep(self)
 
     def check(self, tensors: Sequence[Tensor]) -> None:
-        """Fits every tree."""
-        del tensors
+        """No tensor must have too many weights to be counted as one."""
+        _check_countable(tensors)
 
     def n_drop(
         self,
@@ -75,7 +78,7 @@ class Uniform:
     ) -> tuple[jax.Array, None]:
         """Rounds ``sparsity * size`` in every segment."""
         del scores, kept
-        sizes = selection.sizes(tensors)
+        sizes = counting.sizes(tensors)
         return jnp.minimum(drop_count(target, sizes), _most(sizes, self)), None
 
 
@@ -101,8 +104,13 @@ class Global:
         _check_min_keep(self)
 
     def check(self, tensors: Sequence[Tensor]) -> None:
-        """Fits every tree."""
-        del tensors
+        """No tensor may be cut into more slices than can be counted together."""
+        if sum(tensor.segments for tensor in tensors) > _MOST_SEGMENTS:
+            names = [t.name for t in tensors if t.segments > 1]
+            raise ValueError(
+                f"`Global()` counts at most {_MOST_SEGMENTS} slices: {names[:5]} have "
+                "more in total. Prune fewer tensors with `prunable=`."
+            )
 
     def n_drop(
         self,
@@ -112,10 +120,10 @@ class Global:
         kept: Sequence[jax.Array] | None,
     ) -> tuple[jax.Array, jax.Array]:
         """Counts what lies below the threshold that all segments share."""
-        sizes = selection.sizes(tensors)
+        sizes = counting.sizes(tensors)
         most = _most(sizes, self)
-        total = drop_count(target, sizes.sum(keepdims=True))[0]
-        total = jnp.minimum(total, int(most.sum()))
+        total = drop_total(target, int(sizes.sum()))
+        total = wide.minimum(total, wide.from_int(int(most.sum(dtype=np.int64))))
         return selection.common_threshold(
             scores, tensors, total, most=jnp.asarray(most), kept=kept
         )
@@ -149,8 +157,8 @@ class ErdosRenyi:
         _check_min_keep(self)
 
     def check(self, tensors: Sequence[Tensor]) -> None:
-        """Fits every tree."""
-        del tensors
+        """No tensor must have too many weights to be counted as one."""
+        _check_countable(tensors)
 
     def n_drop(
         self,
@@ -161,12 +169,12 @@ class ErdosRenyi:
     ) -> tuple[jax.Array, None]:
         """Solves for the scale of the densities, then rounds to the exact total."""
         del scores, kept
-        sizes = selection.sizes(tensors)
+        sizes = counting.sizes(tensors)
         total = int(sizes.sum())
-        if total > selection.MAX_COUNT:
+        if total > counting.MAX_COUNT:
             raise ValueError(
                 f"`ErdosRenyi()` counts {total} weights together, more than "
-                f"{selection.MAX_COUNT}. Use `Uniform()`."
+                f"{counting.MAX_COUNT}. Use `Uniform()`."
             )
         n_keep = total - drop_count(target, np.array([total]))[0]
         raw = np.concatenate(
@@ -231,6 +239,7 @@ class PerPath:
 
     def check(self, tensors: Sequence[Tensor]) -> None:
         """Every pattern must be found in some path, and be the first for one."""
+        _check_countable(tensors)
         used = {self._rule(t.name) for t in tensors}
         unused = [p for i, (p, _) in enumerate(self._pairs) if i not in used]
         if unused:
@@ -261,8 +270,8 @@ class PerPath:
             if rule is not None:
                 final = self._pairs[rule][1]
                 level = Target(final * progress, final, progress)
-            counts.append(drop_count(level, selection.sizes([tensor])))
-        sizes = selection.sizes(tensors)
+            counts.append(drop_count(level, counting.sizes([tensor])))
+        sizes = counting.sizes(tensors)
         return jnp.minimum(jnp.concatenate(counts), _most(sizes, self)), None
 
     @property
@@ -276,6 +285,18 @@ class PerPath:
             if re.search(pattern, name):
                 return i
         return None
+
+
+def drop_total(target: Target, size: int) -> Wide:
+    """:func:`drop_count` of one static size below 2**47."""
+    sparsity, final, progress = target
+    if isinstance(sparsity, int | float):
+        return wide.from_int(round(sparsity * size))
+    count = _traced_total(sparsity, size)
+    if final is None:
+        return count
+    end = drop_total(Target(final), size)
+    return jax.tree.map(lambda a, b: jnp.where(progress >= 1, a, b), end, count)
 
 
 def drop_count(target: Target, sizes: np.ndarray) -> jax.Array:
@@ -303,32 +324,69 @@ def drop_count(target: Target, sizes: np.ndarray) -> jax.Array:
 def _traced_drop_count(sparsity: jax.Array, sizes: np.ndarray) -> jax.Array:
     if sparsity.dtype == jnp.float64:
         return jnp.round(sparsity * sizes).astype(jnp.int32)
-    # The fraction as three 16-bit digits, times a size of two: below 2**-24 a float32
-    # has more, which no size below 2**31 can tell from nothing.
+    low, middle, _ = _rounded_product(sparsity, sizes)
+    count = (low + (middle << 16)).astype(jnp.int32)
+    return jnp.where(sparsity >= 1, sizes.astype(np.int32), count)
+
+
+def _traced_total(sparsity: jax.Array, size: int) -> Wide:
+    if sparsity.dtype == jnp.float64:
+        count = jnp.round(sparsity * size).astype(jnp.int64)
+        parts = count >> wide.BITS, count & ((1 << wide.BITS) - 1)
+        return Wide(*(part.astype(jnp.int32) for part in parts))
+    low, middle, high = (
+        digit[0].astype(jnp.int32)
+        for digit in _rounded_product(sparsity, np.array([size]))
+    )
+    count, everything = Wide(middle + (high << 16), low), wide.from_int(size)
+    return jax.tree.map(lambda a, b: jnp.where(sparsity >= 1, a, b), everything, count)
+
+
+def _rounded_product(
+    sparsity: jax.Array, sizes: np.ndarray
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``round_half_even(sparsity * sizes)`` as 16-bit digits, lowest first."""
+    # The fraction as three 16-bit digits, times a size of as many: below 2**-24 a
+    # float32 has more, which no size below 2**31 can tell from nothing.
     rest = sparsity.astype(jnp.float32) * 65536
     digits = []
     for _ in range(3):
         digit = jnp.floor(rest)
         digits.append(digit.astype(jnp.uint32))
         rest = (rest - digit) * 65536
-    low, high = (sizes & 0xFFFF).astype(np.uint32), (sizes >> 16).astype(np.uint32)
+    parts = [(sizes >> shift & 0xFFFF).astype(np.uint32) for shift in (0, 16, 32)]
     # Columns of the schoolbook product, from 2**-48 up.
-    columns = [jnp.zeros(sizes.shape, jnp.uint32)] * 6
+    columns = [jnp.zeros(sizes.shape, jnp.uint32)] * 7
     for place, digit in enumerate(reversed(digits)):
-        for shift, part in ((0, low), (1, high)):
+        for shift, part in enumerate(parts):
             product = digit * part
             columns[place + shift] += product & 0xFFFF
             columns[place + shift + 1] += product >> 16
-    carry = jnp.zeros(sizes.shape, jnp.uint32)
-    for i, column in enumerate(columns):
-        column += carry
-        columns[i], carry = column & 0xFFFF, column >> 16
-    whole = columns[3] + (columns[4] << 16)
+    columns = _carry(columns)
     half = columns[2] == 0x8000
     beyond = (columns[0] | columns[1]) != 0
-    up = (columns[2] > 0x8000) | (half & (beyond | (whole & 1 == 1)))
-    count = (whole + up).astype(jnp.int32)
-    return jnp.where(sparsity >= 1, sizes.astype(np.int32), count)
+    up = (columns[2] > 0x8000) | (half & (beyond | (columns[3] & 1 == 1)))
+    low, middle, high, _ = _carry([columns[3] + up, *columns[4:]])
+    return low, middle, high
+
+
+def _carry(columns: list[jax.Array]) -> list[jax.Array]:
+    carried, carry = [], jnp.zeros_like(columns[0])
+    for column in columns:
+        column = column + carry
+        carried.append(column & 0xFFFF)
+        carry = column >> 16
+    return carried
+
+
+def _check_countable(tensors: Sequence[Tensor]) -> None:
+    for tensor in tensors:
+        if tensor.leading > tensor.stacked:
+            raise ValueError(
+                f"{tensor.name!r} ranks more than {counting.MAX_COUNT} weights "
+                "together. Rank its leading axis by slices with `stacked=`, or use "
+                "`allocation=Global()`, which counts further."
+            )
 
 
 def _raw_density(tensor: Tensor) -> float:

@@ -12,6 +12,7 @@ import numpy as np
 
 from movement_jax import tree as _tree
 from movement_jax.agreement import masks_at
+from movement_jax.counting import Tensor
 from movement_jax.criteria import EmaMagnitude, Magnitude
 from movement_jax.findings import Finding, Health, TensorHealth
 from movement_jax.report import (
@@ -25,7 +26,6 @@ from movement_jax.report import (
     whole,
 )
 from movement_jax.scoring import noise_decay
-from movement_jax.selection import Tensor
 from movement_jax.state import MovementState
 
 LEAST_MOVEMENT = 0.02
@@ -115,7 +115,7 @@ def _position(opened: Opened) -> list[Finding]:
     for tensor, mask, weight in zip(
         opened.tensors, jax.tree.leaves(found.masks), jax.tree.leaves(opened.weights)
     ):
-        finite, others, most = _not_zero(mask, weight, tensor.stacked)
+        finite, others, most = _not_zero(mask, weight, tensor.leading)
         alive, broken = alive + whole(finite), broken + whole(others)
         if whole(others):
             names.append(tensor.name)
@@ -171,7 +171,7 @@ def _scored(opened: Opened) -> list[Finding]:
         )
     scores = jax.tree.leaves(scores_of(found, opened.weights))
     counts = {
-        tensor.name: whole(count(~jnp.isfinite(score), tensor.stacked))
+        tensor.name: whole(count(~jnp.isfinite(score), tensor.leading))
         for tensor, score in zip(opened.tensors, scores)
     }
     bad, names = sum(counts.values()), [name for name, n in counts.items() if n]
@@ -381,8 +381,8 @@ def _noise(
         )
         if ranks_magnitude:
             level = np.float32(sigma * reach)
-            inside, lowest = _below(keep, score, level, tensor.stacked)
-            inside, all_kept = whole(inside), whole(count(keep, tensor.stacked))
+            inside, lowest = _below(keep, score, level, tensor.leading)
+            inside, all_kept = whole(inside), whole(count(keep, tensor.leading))
             n_kept, n_noise = n_kept + all_kept, n_noise + inside
             row = dataclasses.replace(
                 row,

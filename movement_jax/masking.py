@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from movement_jax import position, schedules, selection
+from movement_jax import counting, position, schedules, selection
 from movement_jax.state import MovementState, tensors_of
 
 
@@ -51,7 +51,7 @@ def on_schedule(
     if not regrow:
         changes &= ~(asked <= state.sparsity)
 
-    starts = selection.segment_starts(tensors_of(state), state.step >> 31)
+    starts = counting.segment_starts(tensors_of(state), state.step >> 31)
 
     def change(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         _, masks, churn, alive = carry
@@ -151,7 +151,7 @@ def _churn(old: Any, new: Any) -> jax.Array:
     """Fraction of the weights that changed places: one dropped, another revived."""
     dropped, revived, total = jnp.float32(0), jnp.float32(0), 0
     for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new)):
-        counts = selection.tally((a & ~b, ~a & b))
+        counts = counting.tally((a & ~b, ~a & b))
         dropped, revived = dropped + counts[0], revived + counts[1]
         total += a.size
     return 2 * jnp.minimum(dropped, revived) / max(total, 1)

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 
 from movement_jax.agreement import Agreement, TensorAgreement, compare
+from movement_jax.counting import Tensor
 from movement_jax.criteria import Magnitude
 from movement_jax.health import health
-from movement_jax.selection import Tensor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

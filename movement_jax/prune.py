@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from movement_jax import masking, schedules, selection
+from movement_jax import counting, masking, schedules
 from movement_jax import state as _state
 from movement_jax import tree as _tree
 from movement_jax.state import MovementState
@@ -239,7 +239,9 @@ def _find(state: Any) -> MovementState:
 
 
 def _dropped(mask: jax.Array) -> jax.Array:
-    return selection.tally((mask, ~mask))[1].astype(jnp.float32)
+    tensor = counting.Tensor("mask", mask.shape)  # not more than an int32 at a time
+    axes = tuple(range(tensor.leading, mask.ndim))
+    return jnp.sum(counting.tally((mask, ~mask), axes)[1], dtype=jnp.float32)
 
 
 def unpack(state: Any) -> tuple[Any, Any, Callable[[Any, Any], Any]]:

@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from movement_jax import schedules, selection
+from movement_jax import counting, schedules, wide
 from movement_jax import state as _state
 from movement_jax import tree as _tree
 from movement_jax.allocation import ErdosRenyi, PerPath, Uniform
+from movement_jax.counting import Tensor
 from movement_jax.prune import unpack
-from movement_jax.selection import Tensor
 from movement_jax.state import MovementState
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ def asked_of(found: MovementState, tensors: list[Tensor]) -> list[float | None]:
 
 
 @functools.partial(jax.jit, static_argnames="lead")
-def count(predicate: jax.Array, lead: int = 0) -> tuple[jax.Array, jax.Array]:
+def count(predicate: jax.Array, lead: int = 0) -> wide.Wide:
     """Counts exactly beyond int32; :func:`whole` puts the parts together.
 
     Args:
@@ -230,16 +230,16 @@ def count(predicate: jax.Array, lead: int = 0) -> tuple[jax.Array, jax.Array]:
       lead: leading axes whose slices have less than 2**31 elements each.
 
     Returns:
-      The low and high parts of the count, shapes ``()``, int32.
+      The count in two parts.
     """
     axes = tuple(range(lead, predicate.ndim))
-    counts, _ = selection.tally((predicate, ~predicate), axes)
-    return jnp.sum(counts & 0xFFFF), jnp.sum(counts >> 16)
+    counts, _ = counting.tally((predicate, ~predicate), axes)
+    return wide.total(counts)
 
 
-def whole(parts: tuple[jax.Array, jax.Array]) -> int:
+def whole(parts: wide.Wide) -> int:
     """The number that :func:`count` counted."""
-    return int(parts[0]) + (int(parts[1]) << 16)
+    return (int(parts.high) << wide.BITS) + int(parts.low)
 
 
 def scalar(value: jax.Array) -> float:

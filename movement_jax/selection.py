@@ -4,66 +4,37 @@ The ``k``-th lowest score is found by multi-section search: every pass over the 
 counts, for a few candidate thresholds at once, how many scores lie at or below them.
 Ties at the threshold are settled by flat index with the same counts. Only counts cross
 devices, nothing the size of a tensor is stored, and nothing is flattened.
-
-Candidate thresholds live on an integer axis of *keys*: key 0 stands for zero and all
-subnormals (accelerators flush them, so they must tie), and every step of one is the
-next float32. ``score <= float(key)`` is the only comparison made; a NaN is never below
-anything, so it is never dropped.
 """
 
 import dataclasses
-import functools
-import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 
-CANDIDATES = 3  # per pass: what a TPU counts in the time it takes to read the scores
-MAX_COUNT = 2**31 - 1
-_LARGEST_SUBNORMAL = 0x007FFFFF
-_TOP = 0x7F800000 - _LARGEST_SUBNORMAL + 1  # one above the key of +inf
+from movement_jax import wide
+from movement_jax.counting import (
+    CANDIDATES,
+    MAX_COUNT,
+    TOP_KEY,
+    Candidates,
+    Ranked,
+    Tensor,
+    count,
+    distance,
+    masks,
+    segment_starts,
+    sizes,
+    split,
+)
+from movement_jax.wide import Wide
+
 _SEARCHING, _TIES, _DONE = 0, 1, 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """One tensor as the ranking sees it.
-
-    Attributes:
-      name: its ``/``-joined path.
-      shape: its shape.
-      stacked: number of leading axes whose slices are ranked separately.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    stacked: int = 0
-
-    def __post_init__(self) -> None:
-        if self.size > MAX_COUNT:
-            raise ValueError(
-                f"{self.name!r} ranks {self.size} weights together, more than "
-                f"{MAX_COUNT}. Rank its leading axis by slices with `stacked=`."
-            )
-
-    @property
-    def segments(self) -> int:
-        """Number of slices that are ranked separately."""
-        return math.prod(self.shape[: self.stacked])
-
-    @property
-    def size(self) -> int:
-        """Number of weights in each of them."""
-        return math.prod(self.shape[self.stacked :])
-
-
-def sizes(tensors: Sequence[Tensor]) -> np.ndarray:
-    """Weights in every segment of every tensor, in order. Shape ``(segments,)``."""
-    return np.concatenate([np.full(t.segments, t.size, np.int64) for t in tensors])
+# Around a key from an earlier search, in steps of the key axis: the same, then within
+# 0.003 %, 0.2 % and 12 %, before it is forgotten.
+_REACH = (1, 2**8, 2**14, 2**20)
+_NO_HINT = -TOP_KEY
 
 
 def keep_top(scores: jax.Array, n_keep: jax.typing.ArrayLike) -> jax.Array:
@@ -92,53 +63,20 @@ def keep_top(scores: jax.Array, n_keep: jax.typing.ArrayLike) -> jax.Array:
       [ True False  True False]
     """
     scores = jnp.asarray(scores)
-    tensor = Tensor("scores", scores.shape)
-    if not tensor.size:
+    if scores.size > MAX_COUNT:
+        raise ValueError(
+            f"`scores` has {scores.size} elements, more than {MAX_COUNT}. Rank its "
+            "slices, with `jax.vmap(keep_top)`."
+        )
+    if not scores.size:
         return jnp.ones_like(scores, dtype=bool)
     if not jnp.issubdtype(jnp.result_type(n_keep), jnp.integer):
         raise TypeError(f"`n_keep` must be a count, an integer, got {n_keep}.")
     if isinstance(n_keep, int):
-        n_keep = min(max(n_keep, 0), tensor.size)
-    n_keep = jnp.clip(jnp.asarray(n_keep, jnp.int32), 0, tensor.size)
-    return keep_masks([scores], [tensor], (tensor.size - n_keep)[None])[0]
-
-
-def tally(
-    predicates: Sequence[jax.Array], axes: Sequence[int] | None = None
-) -> tuple[jax.Array, ...]:
-    """How often each of several predicates holds, in one pass over them all.
-
-    Args:
-      predicates: at least two bool arrays of one shape, different from each other:
-        XLA for CPU stores the operand of a lone integer sum as int32 first.
-      axes: to count over; default all.
-
-    Returns:
-      One int32 array per predicate.
-    """
-    return tuple(
-        lax.reduce(
-            tuple(p.astype(jnp.int32) for p in predicates),
-            tuple(np.int32(0) for _ in predicates),
-            lambda a, b: tuple(p + q for p, q in zip(a, b)),
-            tuple(range(predicates[0].ndim)) if axes is None else tuple(axes),
-        )
-    )
-
-
-def segment_starts(tensors: Sequence[Tensor], zero: jax.Array) -> list[jax.Array]:
-    """First segment of every tensor, as values that XLA cannot see through.
-
-    With a constant in it, the program of each tensor is one of its own. With a value
-    that comes from outside of a loop, XLA for CPU compiles one for all tensors of a
-    shape, in a tenth of the time.
-
-    Args:
-      tensors: what is to be ranked.
-      zero: 0 in a way that only we know of. Shape ``()``, int32.
-    """
-    ends = np.cumsum([t.segments for t in tensors])
-    return [zero + int(end) - t.segments for end, t in zip(ends, tensors)]
+        n_keep = min(max(n_keep, 0), scores.size)
+    n_keep = jnp.clip(jnp.asarray(n_keep, jnp.int32), 0, scores.size)
+    tensor = Tensor("scores", scores.shape)
+    return keep_masks([scores], [tensor], (scores.size - n_keep)[None])[0]
 
 
 def keep_masks(
@@ -157,7 +95,7 @@ def keep_masks(
       tensors: what they are.
       n_drop: how many to drop in every segment. Shape ``(segments,)``, int32.
       kept: masks so far; what they drop ranks below everything.
-      hint: key to try first, from :func:`common_threshold`. Shape ``()``, int32.
+      hint: keys to search around first. Shape ``()`` or ``(segments,)``, int32.
       starts: from :func:`segment_starts`, made outside of the loop this is called in.
 
     Returns:
@@ -165,32 +103,27 @@ def keep_masks(
     """
     n_drop = jnp.asarray(n_drop, jnp.int32)
     size = jnp.asarray(sizes(tensors), jnp.int32)
+    if hint is None:
+        hint = jnp.int32(_NO_HINT)
     if starts is None:
         starts = segment_starts(tensors, _zero(n_drop))
-    count = functools.partial(_count, scores, kept, tensors, starts)
+    ranked = Ranked(scores, kept, tensors, starts)
 
     def body(carry: _Search) -> _Search:
-        at, cut = _candidates(carry)
-        counts = count(carry.below, at, cut)
-        return _narrow(carry, at, cut, counts, n_drop)
+        tries, at, cut = _candidates(carry, size)
+        counts = count(ranked, carry.below, at, cut)
+        return _narrow(carry, tries, counts, n_drop, size)
 
-    start = _start(n_drop, size, hint)
-    end = lax.while_loop(lambda c: jnp.any(c.phase != _DONE), body, start)
-    end, ones = lax.optimization_barrier((end, _ones(scores)))  # as in _count
-    keys = _to_float(jnp.stack([end.below, end.high], axis=1))
-    cut = end.cut_low[:, None]
-    return [
-        _mask_one(x, mask, tensor, keys, cut, start, one)
-        for x, mask, tensor, start, one in zip(
-            scores, kept or [None] * len(scores), tensors, starts, ones
-        )
-    ]
+    end = lax.while_loop(
+        lambda carry: jnp.any(carry.phase != _DONE), body, _start(n_drop, size, hint)
+    )
+    return masks(ranked, end.below, end.at, size - end.high)
 
 
 def common_threshold(
     scores: Sequence[jax.Array],
     tensors: Sequence[Tensor],
-    n_drop: jax.Array,
+    n_drop: Wide,
     *,
     most: jax.Array,
     kept: Sequence[jax.Array] | None = None,
@@ -200,272 +133,128 @@ def common_threshold(
     Args:
       scores: one array per tensor.
       tensors: what they are.
-      n_drop: how many to drop in total. Shape ``()``, int32.
-      most: the most that may be dropped in each segment. Shape ``(segments,)``.
+      n_drop: how many to drop in total.
+      most: the most that may be dropped in each segment. Shape ``(segments,)``, int32.
       kept: masks so far; what they drop ranks below everything.
 
     Returns:
       How many each segment drops, shape ``(segments,)``, and the threshold's key. Of
       scores equal to the threshold, those of earlier segments are kept.
     """
-    total = int(sizes(tensors).sum())
-    if total > MAX_COUNT:
-        raise ValueError(
-            f"`Global()` ranks {total} weights together, more than {MAX_COUNT}. Use "
-            "`Uniform()` or `ErdosRenyi()`, or prune fewer tensors with `prunable=`."
-        )
     most = jnp.asarray(most, jnp.int32)
-    nothing = jnp.full(most.shape, -_TOP, jnp.int32)
-    uncut = jnp.zeros(most.shape, jnp.int32)
-    step = jnp.arange(1, CANDIDATES + 1, dtype=jnp.uint32)
-    starts = segment_starts(tensors, _zero(jnp.ravel(n_drop)))
+    nothing, uncut = jnp.full_like(most, -TOP_KEY), jnp.zeros_like(most)
+    starts = segment_starts(tensors, _zero(most))
+    ranked = Ranked(scores, kept, tensors, starts)
 
     def body(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         low, high, count_low, count_high = carry
-        at = _split(low, high, step)
-        counts = _count(
-            scores,
-            kept,
-            tensors,
-            starts,
-            nothing,
-            jnp.broadcast_to(at, (*most.shape, CANDIDATES)),
-            jnp.broadcast_to(uncut[:, None], (*most.shape, CANDIDATES)),
-        )
-        counts = jnp.minimum(counts, most[:, None])
-        for j in range(CANDIDATES):
-            enough = counts[:, j].sum() >= n_drop
-            raises = ~enough & (at[j] > low)
-            lowers = enough & (at[j] < high)
-            low = jnp.where(raises, at[j], low)
-            count_low = jnp.where(raises, counts[:, j], count_low)
-            high = jnp.where(lowers, at[j], high)
-            count_high = jnp.where(lowers, counts[:, j], count_high)
+        tries = split(low, high)
+        at = tuple(jnp.broadcast_to(key, most.shape) for key in tries)
+        counts = count(ranked, nothing, at, (uncut,) * CANDIDATES)
+        for key, n in zip(tries, counts):
+            n = jnp.minimum(n, most)
+            enough = wide.at_least(wide.total(n), n_drop)
+            raises, lowers = ~enough & (key > low), enough & (key < high)
+            low = jnp.where(raises, key, low)
+            count_low = jnp.where(raises, n, count_low)
+            high = jnp.where(lowers, key, high)
+            count_high = jnp.where(lowers, n, count_high)
         return low, high, count_low, count_high
 
-    start: tuple[jax.Array, ...] = jnp.int32(-_TOP), jnp.int32(_TOP), 0 * most, most
+    start = jnp.int32(-TOP_KEY), jnp.int32(TOP_KEY), jnp.zeros_like(most), most
     _, high, count_low, count_high = lax.while_loop(
-        lambda c: _distance(c[0], c[1]) > 1, body, start
+        lambda carry: distance(carry[0], carry[1]) > 1, body, start
     )
     ties = count_high - count_low
-    later = jnp.cumsum(ties[::-1])[::-1] - ties
-    quota = jnp.clip(n_drop - count_low.sum() - later, 0, ties)
-    return jnp.where(n_drop > 0, count_low + quota, 0), high
+    missing = wide.minus(n_drop, wide.total(count_low))
+    quota = wide.clipped(wide.minus(missing, wide.sums_after(ties)), ties)
+    anything = wide.at_least(n_drop, wide.from_int(1))
+    return jnp.where(anything, count_low + quota, 0), high
 
 
-# One search per segment, all in one loop: every field has one entry per segment.
-# The dropped scores are those at or below key `below`, and those at or below key
-# `high` whose flat index is at least `cut_low`.
+# One search per segment, all in one loop: every field has one entry per segment, but
+# for `passes`. It looks for the key that the last dropped score has; then, if scores
+# are tied there, for how many of the trailing indices are dropped of them.
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Search:
     phase: jax.Array
-    low: jax.Array  # fewer than n_drop scores lie at or below this key,
-    high: jax.Array  # and at least n_drop at or below this one
-    below: jax.Array  # key under which everything is dropped
-    cut_low: jax.Array  # dropping ties from this index on drops enough,
-    cut_high: jax.Array  # and from this one too few
-    hint: jax.Array  # key to try first, or -_TOP
+    low: jax.Array  # with this key, or this many trailing indices, too few are dropped
+    high: jax.Array  # and with this one enough
+    below: jax.Array  # key up to which everything is dropped
+    at: jax.Array  # key up to which trailing indices are dropped
+    hint: jax.Array
+    passes: jax.Array
 
 
-def _zero(n_drop: jax.Array) -> jax.Array:
-    return n_drop[0] >> 31  # counts are not negative
-
-
-def _start(n_drop: jax.Array, size: jax.Array, hint: jax.Array | None) -> _Search:
-    key = jnp.full(n_drop.shape, -_TOP, jnp.int32)
-    first = key if hint is None else jnp.broadcast_to(hint, n_drop.shape)
+def _start(n_drop: jax.Array, size: jax.Array, hint: jax.Array) -> _Search:
+    lowest = jnp.full_like(n_drop, -TOP_KEY)
     nothing = n_drop <= 0
     return _Search(
         phase=jnp.where(nothing, _DONE, _SEARCHING).astype(jnp.int32),
-        low=key,
-        high=jnp.where(nothing, key, -key),
-        below=key,
-        cut_low=jnp.zeros_like(n_drop),
-        cut_high=size,
-        hint=first,
+        low=lowest,
+        high=jnp.where(nothing, size, -lowest),
+        below=lowest,
+        at=lowest,
+        hint=jnp.broadcast_to(hint, n_drop.shape),
+        passes=jnp.int32(0),
     )
 
 
-def _candidates(carry: _Search) -> tuple[jax.Array, jax.Array]:
-    """Keys and index cuts to count at. Shapes ``(segments, CANDIDATES)``."""
-    step = jnp.arange(1, CANDIDATES + 1, dtype=jnp.uint32)[None]
-    low, high = carry.low[:, None], carry.high[:, None]
+def _candidates(
+    carry: _Search, size: jax.Array
+) -> tuple[Candidates, Candidates, Candidates]:
+    """What to try next; as keys and as index cuts to count at."""
+    searching = carry.phase == _SEARCHING
+    # Until the threshold is known to lie on both sides of some key.
+    unknown = (carry.low == -TOP_KEY) | (carry.high == TOP_KEY)
+    hinted = searching & unknown & (carry.hint > _NO_HINT)
+    hinted &= carry.passes < len(_REACH)
+    reach = jnp.asarray(_REACH, jnp.int32)[jnp.minimum(carry.passes, len(_REACH) - 1)]
     # Short of `high`: beyond +inf nothing would be counted, and the search not end.
-    around = jnp.clip(carry.hint[:, None] + step.astype(jnp.int32) - 2, low, high - 1)
-    at = jnp.where(carry.hint[:, None] > -_TOP, around, _split(low, high, step))
-    ties = (carry.phase != _SEARCHING)[:, None]
-    cut = _split(carry.cut_low[:, None], carry.cut_high[:, None], step)
-    return jnp.where(ties, high, at), jnp.where(ties, cut, 0)
+    around = [
+        jnp.clip(carry.hint + step * reach, carry.low, carry.high - 1)
+        for step in (-1, 0, 1)
+    ]
+    parts = split(carry.low, carry.high)
+    tries = tuple(jnp.where(hinted, a, p) for a, p in zip(around, parts))
+    at = tuple(jnp.where(searching, key, carry.at) for key in tries)
+    cut = tuple(jnp.where(searching, 0, size - n) for n in tries)
+    return tries, at, cut
 
 
 def _narrow(
     carry: _Search,
-    at: jax.Array,
-    cut: jax.Array,
-    counts: jax.Array,
+    tries: Candidates,
+    counts: Candidates,
     n_drop: jax.Array,
+    size: jax.Array,
 ) -> _Search:
-    enough = counts >= n_drop[:, None]
-    exact = counts == n_drop[:, None]
-    hit = jnp.any(exact, axis=1)
+    low, high = carry.low, carry.high
+    hit = jnp.zeros_like(n_drop, dtype=bool)
+    for value, n in zip(tries, counts):
+        low = jnp.where(n < n_drop, jnp.maximum(low, value), low)
+        high = jnp.where(n >= n_drop, jnp.minimum(high, value), high)
+        hit |= n == n_drop
+    settled = hit | (distance(low, high) <= 1)
     searching, ties = carry.phase == _SEARCHING, carry.phase == _TIES
 
-    # A key counted exactly is the threshold, with all its ties dropped.
-    low = jnp.max(jnp.where(enough, carry.low[:, None], at), axis=1)
-    high = jnp.min(jnp.where(enough, at, carry.high[:, None]), axis=1)
-    low = jnp.where(searching, jnp.maximum(low, carry.low), carry.low)
-    high = jnp.where(searching, jnp.minimum(high, carry.high), carry.high)
-    found = searching & hit
-    high = jnp.where(found, jnp.min(jnp.where(exact, at, _TOP), axis=1), high)
-    adjacent = searching & ~hit & (_distance(low, high) <= 1)
-
-    # Later indices drop first: the more is cut, the lower the index it starts from.
-    cut_low = jnp.max(jnp.where(enough, cut, carry.cut_low[:, None]), axis=1)
-    cut_high = jnp.min(jnp.where(enough, carry.cut_high[:, None], cut), axis=1)
-    cut_low = jnp.where(ties, jnp.maximum(cut_low, carry.cut_low), carry.cut_low)
-    cut_high = jnp.where(ties, jnp.minimum(cut_high, carry.cut_high), carry.cut_high)
-    settled = ties & (hit | (_distance(cut_low, cut_high) <= 1))
-
-    phase = jnp.where(adjacent, _TIES, carry.phase)
-    phase = jnp.where(found | settled, _DONE, phase)
+    # A key that was counted exactly is the threshold, with all that are tied there.
+    found, tied = searching & hit, searching & settled & ~hit
+    phase = jnp.where(tied, _TIES, carry.phase)
+    phase = jnp.where(found | (ties & settled), _DONE, phase)
+    done = carry.phase == _DONE
+    low, high = jnp.where(done, carry.low, low), jnp.where(done, carry.high, high)
     return _Search(
         phase=phase,
-        low=low,
-        high=high,
-        below=jnp.where(adjacent, low, carry.below),
-        cut_low=cut_low,
-        cut_high=cut_high,
-        hint=jnp.full_like(carry.hint, -_TOP),
+        below=jnp.where(tied, low, carry.below),
+        at=jnp.where(found | tied, high, carry.at),
+        low=jnp.where(tied, 0, low),
+        high=jnp.where(found | tied, size, high),
+        hint=carry.hint,
+        passes=carry.passes + 1,
     )
 
 
-def _count(
-    scores: Sequence[jax.Array],
-    kept: Sequence[jax.Array] | None,
-    tensors: Sequence[Tensor],
-    starts: Sequence[jax.Array],
-    below: jax.Array,
-    at: jax.Array,
-    cut: jax.Array,
-) -> jax.Array:
-    """Scores dropped by each candidate. Shape ``(segments, CANDIDATES)``, int32."""
-    # The barrier keeps XLA from computing ranks and indices once, outside the loop,
-    # and storing them: four bytes a weight.
-    scores, kept, at, ones = lax.optimization_barrier(
-        (tuple(scores), kept, at, _ones(scores))
-    )
-    keys = _to_float(jnp.concatenate([below[:, None], at], axis=1))
-    counts = [
-        _count_one(x, mask, tensor, keys, cut, start, one)
-        for x, mask, tensor, start, one in zip(
-            scores, kept or [None] * len(scores), tensors, starts, ones
-        )
-    ]
-    return jnp.concatenate(counts)
-
-
-def _ones(scores: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-    # Each tensor its own: an index that two of them share would carry the sharding of
-    # one over to the other.
-    return tuple(jnp.int32(1) for _ in scores)
-
-
-# A function of its own, to be traced once for all tensors of a shape.
-@functools.partial(jax.jit, static_argnums=2)
-def _count_one(
-    x: jax.Array,
-    kept: jax.Array | None,
-    tensor: Tensor,
-    keys: jax.Array,
-    cut: jax.Array,
-    start: jax.Array,
-    one: jax.Array,
-) -> jax.Array:
-    x, index = _ranked(x, kept), _index(x, tensor, one)
-    below, *at = _rows(keys, tensor, start)
-    operands = tuple(
-        _dropped(x, index, below, a, c) for a, c in zip(at, _rows(cut, tensor, start))
-    )
-    sums = tally(operands, tuple(range(tensor.stacked, len(tensor.shape))))
-    return jnp.stack([_replicated(s).reshape(tensor.segments) for s in sums], axis=1)
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _mask_one(
-    x: jax.Array,
-    kept: jax.Array | None,
-    tensor: Tensor,
-    keys: jax.Array,
-    cut: jax.Array,
-    start: jax.Array,
-    one: jax.Array,
-) -> jax.Array:
-    x, index = _ranked(x, kept), _index(x, tensor, one)
-    (below, at), (first,) = _rows(keys, tensor, start), _rows(cut, tensor, start)
-    return ~_dropped(x, index, below, at, first)
-
-
-def _rows(table: jax.Array, tensor: Tensor, start: jax.Array) -> list[jax.Array]:
-    """The columns of a tensor's rows, shaped to compare with it."""
-    rows = lax.dynamic_slice_in_dim(table, start, tensor.segments)
-    lead = tensor.shape[: tensor.stacked]
-    shape = lead + (1,) * (len(tensor.shape) - tensor.stacked)
-    return [rows[:, j].reshape(shape) for j in range(table.shape[1])]
-
-
-def _replicated(counts: jax.Array) -> jax.Array:
-    """The counts on every device: slices of a stacked tensor may be spread."""
-    sharding = jax.typeof(counts).sharding
-    if all(axis is None for axis in sharding.spec):  # also on every automatic axis
-        return counts
-    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
-    return jax.sharding.reshard(counts, everywhere)
-
-
-def _dropped(
-    x: jax.Array,
-    index: jax.Array,
-    below: jax.Array,
-    at: jax.Array,
-    cut: jax.Array,
-) -> jax.Array:
-    return (x <= below) | ((x <= at) & (index >= cut))
-
-
-def _ranked(x: jax.Array, kept: jax.Array | None) -> jax.Array:
-    x = x.astype(jnp.float32)
-    if kept is None:
-        return x
-    # What is dropped already lies strictly below everything, also below -inf.
-    return jnp.where(kept, jnp.maximum(x, jnp.finfo(x.dtype).min), -jnp.inf)
-
-
-def _index(x: jax.Array, tensor: Tensor, one: jax.typing.ArrayLike) -> jax.Array:
-    """Flat index of every score within its segment, without flattening."""
-    index = jnp.zeros_like(x, dtype=jnp.int32)
-    stride = 1
-    for axis in reversed(range(tensor.stacked, len(tensor.shape))):
-        index += stride * one * lax.broadcasted_iota(jnp.int32, tensor.shape, axis)
-        stride *= tensor.shape[axis]
-    return index
-
-
-def _split(low: jax.Array, high: jax.Array, step: jax.Array) -> jax.Array:
-    """Cuts the interval into ``CANDIDATES + 1`` parts, inside its ends if it can."""
-    width = _distance(low, high)
-    part = width // (CANDIDATES + 1) + (width % (CANDIDATES + 1) > 0)
-    offset = jnp.minimum(step * part, jnp.maximum(width, 1) - 1)
-    return low + lax.bitcast_convert_type(offset, jnp.int32)
-
-
-def _distance(low: jax.Array, high: jax.Array) -> jax.Array:
-    as_uint = functools.partial(lax.bitcast_convert_type, new_dtype=jnp.uint32)
-    return as_uint(high) - as_uint(low)
-
-
-def _to_float(key: jax.Array) -> jax.Array:
-    """The largest float32 with the given key; NaN beyond both infinities."""
-    bits = jnp.abs(key) + _LARGEST_SUBNORMAL
-    sign = jnp.where(key < 0, jnp.int32(-(2**31)), jnp.int32(0))
-    return lax.bitcast_convert_type(bits | sign, jnp.float32)
+def _zero(counts: jax.Array) -> jax.Array:
+    return counts[0] >> 31  # they are not negative

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from movement_jax import selection
+from movement_jax import counting
 from movement_jax import tree as _tree
 from movement_jax.allocation import Allocation
 from movement_jax.criteria import Criterion
@@ -168,15 +168,15 @@ def check_trained_params(opt_state: Any) -> None:
     jax.tree.leaves(opt_state, is_leaf=visit)
 
 
-def tensors_of(state: MovementState) -> list[selection.Tensor]:
+def tensors_of(state: MovementState) -> list[counting.Tensor]:
     """The tensors that a state prunes, in flatten order."""
     return tensors_in(state.masks, state.config.stacked)
 
 
-def tensors_in(tree: Any, stacked: str | None) -> list[selection.Tensor]:
+def tensors_in(tree: Any, stacked: str | None) -> list[counting.Tensor]:
     """The tensors of a tree with holes, in flatten order."""
     return [
-        selection.Tensor(
+        counting.Tensor(
             name,
             tuple(leaf.shape),
             int(stacked is not None and re.search(stacked, name) is not None),

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import movement_jax as mj
 from movement_jax.allocation import drop_count
+from movement_jax.counting import Tensor
 from movement_jax.schedules import Target
-from movement_jax.selection import Tensor
 
 LARGEST = 2**31 - 1
 SIZES = st.one_of(

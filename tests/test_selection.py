@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import movement_jax as mj
-from movement_jax import selection
-from movement_jax.selection import Tensor
+from movement_jax import selection, wide
+from movement_jax.counting import TOP_KEY, Tensor
 
 SMALLEST_NORMAL = np.finfo(np.float32).smallest_normal
 SPECIAL = [
@@ -93,9 +93,9 @@ def test_slices_of_a_stack_are_ranked_separately(scores, n_drop):
     score_arrays([(64,), (5, 6)]),
     st.floats(0, 1),
     st.one_of(
-        st.integers(-selection._TOP, selection._TOP),
-        st.sampled_from([-2, -1, 0, 1, 2]).map(lambda d: d + selection._TOP),
-        st.sampled_from([-2, -1, 0, 1, 2]).map(lambda d: d - selection._TOP),
+        st.integers(-TOP_KEY, TOP_KEY),
+        st.sampled_from([-2, -1, 0, 1, 2]).map(lambda d: d + TOP_KEY),
+        st.sampled_from([-2, -1, 0, 1, 2]).map(lambda d: d - TOP_KEY),
     ),
 )
 def test_a_wrong_hint_changes_no_mask(scores, part, hint):
@@ -131,6 +131,7 @@ def test_a_score_of_minus_infinity_does_not_take_the_place_of_a_dropped_one():
 
 @jax.jit
 def drop_globally(scores, n_drop, most):
+    n_drop = wide.total(n_drop[None])
     counts, hint = selection.common_threshold(scores, TENSORS, n_drop, most=most)
     return counts, selection.keep_masks(scores, TENSORS, counts, hint=hint)
 
@@ -203,15 +204,21 @@ def test_a_fraction_instead_of_a_count_is_refused():
 
 
 def test_a_tensor_too_large_to_count_is_refused_by_name():
-    with pytest.raises(ValueError, match="'huge' ranks 2147483648.*stacked="):
-        Tensor("huge", (2**16, 2**15))
-    assert Tensor("huge", (2**16, 2**15), stacked=1).size == 2**15
+    huge = Tensor("huge", (2**16, 2**15))
+    for allocation in (mj.Uniform(), mj.ErdosRenyi(), mj.PerPath({"huge": 0.5})):
+        with pytest.raises(
+            ValueError, match="'huge' ranks more than 2147483647.*stacked="
+        ):
+            allocation.check([huge])
+        allocation.check([Tensor("huge", (2**16, 2**15), stacked=1)])
+    with pytest.raises(ValueError, match="at most 32768 slices: \\['huge'\\]"):
+        mj.Global().check([huge])
 
 
-def test_too_many_weights_under_one_threshold_are_refused():
-    tensors = [Tensor("a", (2**30,)), Tensor("b", (2**30,))]
-    with pytest.raises(ValueError, match=r"`Global\(\)` ranks 2147483648.*Uniform"):
-        selection.common_threshold([], tensors, jnp.int32(1), most=jnp.array([1, 1]))
+def test_a_common_threshold_counts_tensors_too_large_for_one_number_by_slices():
+    tensor = Tensor("huge", (4, 2**15, 2**15))
+    assert (tensor.leading, tensor.segments, tensor.size) == (1, 4, 2**30)
+    mj.Global().check([tensor])
 
 
 def test_only_the_mask_depends_on_the_scores_under_a_derivative():

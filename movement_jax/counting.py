@@ -1,0 +1,300 @@
+"""How many scores lie at or below a threshold, in one pass over any sharding.
+
+Thresholds live on an integer axis of *keys*: key 0 stands for zero and all subnormals
+(accelerators flush them, so they must tie), and every step of one is the next float32.
+``score <= float(key)`` is the only comparison made; a NaN is never below anything.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+CANDIDATES = 3  # per pass: what a TPU counts in the time it takes to read the scores
+MAX_COUNT = 2**31 - 1
+_LARGEST_SUBNORMAL = 0x007FFFFF
+TOP_KEY = 0x7F800000 - _LARGEST_SUBNORMAL + 1  # one above the key of +inf
+
+# One int32 vector, or float32 for keys, with an entry per segment for each candidate.
+Candidates = tuple[jax.Array, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One tensor as the ranking sees it.
+
+    Attributes:
+      name: its ``/``-joined path.
+      shape: its shape, on each device of ``axes``.
+      stacked: number of leading axes whose slices are ranked separately.
+      axes: manual mesh axes (of ``shard_map`` or ``pmap``) that it is split over.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    stacked: int = 0
+    axes: tuple[str, ...] = ()
+
+    @property
+    def leading(self) -> int:
+        """Number of leading axes whose slices are counted separately.
+
+        More than ``stacked`` if together they would be too many for an int32.
+        """
+        leading = self.stacked
+        while math.prod(self.shape[leading:]) * self._parts > MAX_COUNT:
+            leading += 1
+        return leading
+
+    @property
+    def segments(self) -> int:
+        """Number of slices that are counted separately."""
+        return math.prod(self.shape[: self.leading])
+
+    @property
+    def size(self) -> int:
+        """Number of weights in each of them, on all devices together."""
+        return math.prod(self.shape[self.leading :]) * self._parts
+
+    @property
+    def _parts(self) -> int:
+        return math.prod(lax.axis_size(axis) for axis in self.axes)
+
+
+class Ranked(NamedTuple):
+    """What is counted.
+
+    Attributes:
+      scores: one array per tensor.
+      kept: masks so far, or None; what they drop ranks below everything.
+      tensors: what they are.
+      starts: first segment of every tensor. Shapes ``()``, int32.
+    """
+
+    scores: Sequence[jax.Array]
+    kept: Sequence[jax.Array] | None
+    tensors: Sequence[Tensor]
+    starts: Sequence[jax.Array]
+
+
+def sizes(tensors: Sequence[Tensor]) -> np.ndarray:
+    """Weights in every segment of every tensor, in order. Shape ``(segments,)``."""
+    return np.concatenate([np.full(t.segments, t.size, np.int64) for t in tensors])
+
+
+def segment_starts(tensors: Sequence[Tensor], zero: jax.Array) -> list[jax.Array]:
+    """First segment of every tensor, as values that XLA cannot see through.
+
+    With a constant in it, the program of each tensor is one of its own. With a value
+    that comes from outside of a loop, XLA for CPU compiles one for all tensors of a
+    shape, in a tenth of the time.
+
+    Args:
+      tensors: what is to be ranked.
+      zero: 0 in a way that only we know of. Shape ``()``, int32.
+    """
+    ends = np.cumsum([t.segments for t in tensors])
+    return [zero + int(end) - t.segments for end, t in zip(ends, tensors)]
+
+
+def tally(
+    predicates: Sequence[jax.Array], axes: Sequence[int] | None = None
+) -> tuple[jax.Array, ...]:
+    """How often each of several predicates holds, in one pass over them all.
+
+    Args:
+      predicates: at least two bool arrays of one shape, different from each other:
+        XLA for CPU stores the operand of a lone integer sum as int32 first.
+      axes: to count over; default all.
+
+    Returns:
+      One int32 array per predicate.
+    """
+    return tuple(
+        lax.reduce(
+            tuple(p.astype(jnp.int32) for p in predicates),
+            tuple(np.int32(0) for _ in predicates),
+            lambda a, b: tuple(p + q for p, q in zip(a, b)),
+            tuple(range(predicates[0].ndim)) if axes is None else tuple(axes),
+        )
+    )
+
+
+def count(
+    ranked: Ranked, below: jax.Array, at: Candidates, cut: Candidates
+) -> Candidates:
+    """How many scores each candidate drops in every segment.
+
+    Those at or below key ``below``, and those at or below key ``at`` whose flat index
+    is at least ``cut``.
+
+    Args:
+      ranked: what is counted.
+      below: shape ``(segments,)``, int32.
+      at: one vector like ``below`` per candidate.
+      cut: one vector like ``below`` per candidate.
+
+    Returns:
+      One vector like ``below`` per candidate.
+    """
+    # The barrier keeps XLA from computing ranks and indices once, outside the loop,
+    # and storing them: four bytes a weight.
+    scores, kept, at, ones = lax.optimization_barrier(
+        (tuple(ranked.scores), ranked.kept, at, _ones(ranked))
+    )
+    keys, cuts = _to_float(jnp.stack([below, *at], axis=1)), jnp.stack(cut, axis=1)
+    counts = [
+        _count_one(x, mask, _nameless(tensor), keys, cuts, start, one)
+        for x, mask, tensor, start, one in zip(
+            scores,
+            kept or [None] * len(scores),
+            ranked.tensors,
+            ranked.starts,
+            ones,
+        )
+    ]
+    table = jnp.concatenate(counts)
+    return tuple(table[:, j] for j in range(CANDIDATES))
+
+
+def masks(
+    ranked: Ranked, below: jax.Array, at: jax.Array, cut: jax.Array
+) -> list[jax.Array]:
+    """What is kept if everything is dropped that :func:`count` would count."""
+    below, at, cut, ones = lax.optimization_barrier((below, at, cut, _ones(ranked)))
+    keys, cuts = _to_float(jnp.stack([below, at], axis=1)), cut[:, None]
+    kept = ranked.kept or [None] * len(ranked.scores)
+    return [
+        _mask_one(x, mask, _nameless(tensor), keys, cuts, start, one)
+        for x, mask, tensor, start, one in zip(
+            ranked.scores, kept, ranked.tensors, ranked.starts, ones
+        )
+    ]
+
+
+def split(low: jax.Array, high: jax.Array) -> Candidates:
+    """Cuts intervals into ``CANDIDATES + 1`` parts, inside their ends if it can."""
+    width = distance(low, high)
+    part = width // (CANDIDATES + 1) + (width % (CANDIDATES + 1) > 0)
+    last = jnp.maximum(width, 1) - 1
+    offsets = [jnp.minimum(part * np.uint32(j + 1), last) for j in range(CANDIDATES)]
+    return tuple(low + lax.bitcast_convert_type(x, jnp.int32) for x in offsets)
+
+
+def distance(low: jax.Array, high: jax.Array) -> jax.Array:
+    """``high - low`` as uint32, which holds it for any two int32."""
+    as_uint = functools.partial(lax.bitcast_convert_type, new_dtype=jnp.uint32)
+    return as_uint(high) - as_uint(low)
+
+
+def _ones(ranked: Ranked) -> tuple[jax.Array, ...]:
+    # Each tensor its own: an index that two of them share would carry the sharding of
+    # one over to the other.
+    return tuple(jnp.int32(1) for _ in ranked.scores)
+
+
+def _nameless(tensor: Tensor) -> Tensor:
+    return dataclasses.replace(tensor, name="")
+
+
+# A function of its own, to be traced once for all tensors of a shape; and compiled in
+# eager code too, where `jax_debug_nans` would stop at a NaN threshold.
+@functools.partial(jax.jit, static_argnums=2)
+def _count_one(
+    x: jax.Array,
+    kept: jax.Array | None,
+    tensor: Tensor,
+    keys: jax.Array,
+    cuts: jax.Array,
+    start: jax.Array,
+    one: jax.Array,
+) -> jax.Array:
+    x, index = _rank(x, kept), _index(tensor, one)
+    below, *at = _rows(keys, tensor, start)
+    operands = tuple(
+        _dropped(x, index, below, a, c) for a, c in zip(at, _rows(cuts, tensor, start))
+    )
+    sums = tally(operands, tuple(range(tensor.leading, len(tensor.shape))))
+    counts = [_replicated(s).reshape(tensor.segments) for s in sums]
+    return _sum_over(jnp.stack(counts, axis=1), tensor.axes)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _mask_one(
+    x: jax.Array,
+    kept: jax.Array | None,
+    tensor: Tensor,
+    keys: jax.Array,
+    cuts: jax.Array,
+    start: jax.Array,
+    one: jax.Array,
+) -> jax.Array:
+    x, index = _rank(x, kept), _index(tensor, one)
+    (below, at), (cut,) = _rows(keys, tensor, start), _rows(cuts, tensor, start)
+    return ~_dropped(x, index, below, at, cut)
+
+
+def _rows(table: jax.Array, tensor: Tensor, start: jax.Array) -> list[jax.Array]:
+    """The columns of a tensor's rows, shaped to compare with it."""
+    rows = lax.dynamic_slice_in_dim(table, start, tensor.segments)
+    lead = tensor.shape[: tensor.leading]
+    shape = lead + (1,) * (len(tensor.shape) - tensor.leading)
+    return [rows[:, j].reshape(shape) for j in range(table.shape[1])]
+
+
+def _replicated(counts: jax.Array) -> jax.Array:
+    """The counts on every device: slices of a stacked tensor may be spread."""
+    sharding = jax.typeof(counts).sharding
+    if all(axis is None for axis in sharding.spec):  # also on every automatic axis
+        return counts
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+    return jax.sharding.reshard(counts, everywhere)
+
+
+def _sum_over(counts: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    return lax.psum(counts, axes) if axes else counts
+
+
+def _dropped(
+    x: jax.Array,
+    index: jax.Array,
+    below: jax.Array,
+    at: jax.Array,
+    cut: jax.Array,
+) -> jax.Array:
+    return (x <= below) | ((x <= at) & (index >= cut))
+
+
+def _rank(x: jax.Array, kept: jax.Array | None) -> jax.Array:
+    x = x.astype(jnp.float32)
+    if kept is None:
+        return x
+    # What is dropped already lies strictly below everything, also below -inf.
+    return jnp.where(kept, jnp.maximum(x, jnp.finfo(x.dtype).min), -jnp.inf)
+
+
+def _index(tensor: Tensor, one: jax.Array) -> jax.Array:
+    """Flat index of every score within its segment, without flattening."""
+    shape, index = tensor.shape, jnp.int32(0)
+    stride = 1
+    for axis in reversed(range(tensor.leading, len(shape))):
+        index += one * stride * lax.broadcasted_iota(jnp.int32, shape, axis)
+        stride *= shape[axis]
+    for axis in reversed(tensor.axes):  # one device's part after the other's
+        index += lax.axis_index(axis) * stride
+        stride *= lax.axis_size(axis)
+    return index
+
+
+def _to_float(key: jax.Array) -> jax.Array:
+    """The largest float32 with the given key; NaN beyond both infinities."""
+    bits = jnp.abs(key) + _LARGEST_SUBNORMAL
+    sign = jnp.where(key < 0, jnp.int32(-(2**31)), jnp.int32(0))
+    return lax.bitcast_convert_type(bits | sign, jnp.float32)

@@ -1,0 +1,70 @@
+"""Counts beyond 2**31, in two int32 parts: JAX has no int64 unless it is asked to."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+BITS = 16  # of the low part
+
+
+class Wide(NamedTuple):
+    """The number ``high * 2**BITS + low``, not negative.
+
+    Attributes:
+      high: int32.
+      low: less than ``2**BITS``, int32.
+    """
+
+    high: jax.Array
+    low: jax.Array
+
+
+def from_int(value: int) -> Wide:
+    """A Python number below ``2**(31 + BITS)``."""
+    return Wide(jnp.int32(value >> BITS), jnp.int32(value & _mask()))
+
+
+def total(counts: jax.Array) -> Wide:
+    """Sum of int32 counts, at most ``2**(31 - BITS)`` of them. Shape ``()``."""
+    return _carried((counts >> BITS).sum(), (counts & _mask()).sum())
+
+
+def sums_after(counts: jax.Array) -> Wide:
+    """For every entry of a vector of counts, the sum of those that follow it."""
+
+    def after(part: jax.Array) -> jax.Array:
+        return jnp.cumsum(part[::-1])[::-1] - part
+
+    return _carried(after(counts >> BITS), after(counts & _mask()))
+
+
+def at_least(a: Wide, b: Wide) -> jax.Array:
+    """``a >= b``, bool."""
+    return (a.high > b.high) | ((a.high == b.high) & (a.low >= b.low))
+
+
+def minus(a: Wide, b: Wide) -> Wide:
+    """``a - b``, negative if ``high`` is."""
+    return _carried(a.high - b.high, a.low - b.low)
+
+
+def minimum(a: Wide, b: Wide) -> Wide:
+    """The smaller of both."""
+    first = at_least(b, a)
+    return Wide(jnp.where(first, a.high, b.high), jnp.where(first, a.low, b.low))
+
+
+def clipped(a: Wide, most: jax.Array) -> jax.Array:
+    """``clip(a, 0, most)`` for counts ``most``, int32."""
+    limit = Wide(most >> BITS, most & _mask())
+    a = minimum(a, limit)
+    return jnp.where(a.high < 0, 0, (a.high << BITS) + a.low)
+
+
+def _carried(high: jax.Array, low: jax.Array) -> Wide:
+    return Wide(high + (low >> BITS), low & _mask())
+
+
+def _mask() -> int:
+    return (1 << BITS) - 1

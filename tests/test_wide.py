@@ -1,0 +1,91 @@
+"""Counts in two parts against Python's integers, with parts small enough to carry."""
+
+from fractions import Fraction
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from movement_jax import selection, wide
+from movement_jax.allocation import Global, drop_total
+from movement_jax.counting import Tensor
+from movement_jax.schedules import Target
+
+BITS = (3, 16)
+counts = st.lists(st.integers(0, 300), min_size=1, max_size=20)
+large = st.integers(0, 2**33)
+
+
+@pytest.fixture(params=BITS, autouse=True)
+def bits(request, monkeypatch):
+    monkeypatch.setattr(wide, "BITS", request.param)
+
+
+def value(number):
+    high, low = np.asarray(number.high), np.asarray(number.low)
+    assert (low >= 0).all() and (low < 2**wide.BITS).all()
+    return (high.astype(np.int64) << wide.BITS) + low
+
+
+@settings(deadline=None, max_examples=50)
+@given(counts)
+def test_sums_carry(numbers):
+    array = jnp.asarray(numbers, jnp.int32)
+    assert value(wide.total(array)) == sum(numbers)
+    after = [sum(numbers[i + 1 :]) for i in range(len(numbers))]
+    np.testing.assert_array_equal(value(wide.sums_after(array)), after)
+
+
+@settings(deadline=None, max_examples=100)
+@given(large, large, st.integers(0, 2**31 - 1))
+def test_numbers_compare_and_subtract(a, b, most):
+    x, y = wide.from_int(a), wide.from_int(b)
+    assert value(x) == a
+    assert wide.at_least(x, y) == (a >= b)
+    assert value(wide.minimum(x, y)) == min(a, b)
+    assert value(wide.minus(x, y)) == a - b
+    assert wide.clipped(wide.minus(x, y), jnp.int32(most)) == min(max(a - b, 0), most)
+
+
+@pytest.mark.parametrize("n_drop", [0, 1, 7, 8, 9, 63, 64, 65, 200, 299, 300])
+def test_a_common_threshold_is_exact_when_counts_carry(n_drop):
+    rng = np.random.default_rng(n_drop)
+    scores = [rng.integers(0, 9, (10, 10)).astype(np.float32) for _ in range(3)]
+    tensors = [Tensor(str(i), (10, 10)) for i in range(3)]
+    most = jnp.full(3, 100, jnp.int32)
+    got, _ = selection.common_threshold(
+        [jnp.asarray(s) for s in scores], tensors, wide.from_int(n_drop), most=most
+    )
+    joined = np.concatenate([s.ravel() for s in scores])
+    order = np.lexsort((-np.arange(300), joined))[:n_drop]  # of ties the last first
+    np.testing.assert_array_equal(got, np.bincount(order // 100, minlength=3))
+
+
+def test_slices_of_one_tensor_under_a_common_threshold_are_ranked_as_a_whole(
+    monkeypatch,
+):
+    monkeypatch.setattr("movement_jax.counting.MAX_COUNT", 50)
+    tensor = Tensor("large", (4, 5, 6))
+    assert tensor.segments == 4
+    rng = np.random.default_rng(0)
+    scores = jnp.asarray(rng.integers(0, 5, (4, 5, 6)), jnp.float32)
+    n_drop, hint = Global().n_drop(Target(0.55), [tensor], [scores], None)
+    (mask,) = selection.keep_masks([scores], [tensor], n_drop, hint=hint)
+    order = np.lexsort((-np.arange(120), np.asarray(scores).ravel()))
+    expected = np.ones(120, bool)
+    expected[order[:66]] = False
+    np.testing.assert_array_equal(np.asarray(mask).ravel(), expected)
+
+
+@pytest.mark.parametrize("size", [1, 1000, 2**31 + 5, 7 * 10**9 + 3, 2**40 + 1])
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.7, 0.999, 1.0])
+def test_a_share_of_a_large_total_is_rounded_exactly(size, sparsity):
+    if size >= 2 ** (31 + wide.BITS):
+        return
+    exact = np.float32(sparsity).item()
+    assert value(drop_total(Target(exact), size)) == round(exact * size)
+    if wide.BITS == 16:
+        traced = drop_total(Target(jnp.float32(sparsity)), size)
+        assert value(traced) == round(Fraction(exact) * size)
