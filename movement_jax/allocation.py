@@ -169,6 +169,11 @@ class ErdosRenyi:
     ) -> tuple[jax.Array, None]:
         """Solves for the scale of the densities, then rounds to the exact total."""
         del scores, kept
+        if any(tensor.axes for tensor in tensors):
+            raise ValueError(
+                "`ErdosRenyi()` reads the shapes of whole tensors, which `axis_name` "
+                "splits. Use another allocation, or `jit` with sharded params."
+            )
         sizes = counting.sizes(tensors)
         total = int(sizes.sum())
         if total > counting.MAX_COUNT:

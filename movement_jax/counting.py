@@ -8,8 +8,8 @@ Thresholds live on an integer axis of *keys*: key 0 stands for zero and all subn
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +66,29 @@ class Tensor:
     @property
     def _parts(self) -> int:
         return math.prod(lax.axis_size(axis) for axis in self.axes)
+
+
+def split_axes(x: jax.Array, axis_name: Sequence[str]) -> tuple[str, ...]:
+    """Those manual mesh axes, of where this is called, that an array is split over."""
+    bound = [axis for axis in axis_name if _is_bound(axis)]
+    # `shard_map` knows which arrays differ between devices, unless told not to check.
+    known = any(_varying(lax.axis_index(axis)) for axis in bound)
+    varying = _varying(x) if known else bound
+    return tuple(axis for axis in bound if axis in varying)
+
+
+def _varying(x: jax.Array) -> frozenset[str]:
+    kind: Any = jax.typeof(x)
+    # JAX moved it between 0.7 and 0.10.
+    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
+
+
+def _is_bound(axis: str) -> bool:
+    try:
+        lax.axis_size(axis)
+    except NameError:
+        return False
+    return True
 
 
 class Ranked(NamedTuple):
@@ -144,21 +167,11 @@ def count(
     Returns:
       One vector like ``below`` per candidate.
     """
-    # The barrier keeps XLA from computing ranks and indices once, outside the loop,
-    # and storing them: four bytes a weight.
-    scores, kept, at, ones = lax.optimization_barrier(
-        (tuple(ranked.scores), ranked.kept, at, _ones(ranked))
-    )
+    at = lax.optimization_barrier(at)
     keys, cuts = _to_float(jnp.stack([below, *at], axis=1)), jnp.stack(cut, axis=1)
     counts = [
-        _count_one(x, mask, _nameless(tensor), keys, cuts, start, one)
-        for x, mask, tensor, start, one in zip(
-            scores,
-            kept or [None] * len(scores),
-            ranked.tensors,
-            ranked.starts,
-            ones,
-        )
+        _count_one(x, mask, tensor, keys, cuts, start, one)
+        for x, mask, tensor, start, one in _hidden(ranked)
     ]
     table = jnp.concatenate(counts)
     return tuple(table[:, j] for j in range(CANDIDATES))
@@ -168,15 +181,16 @@ def masks(
     ranked: Ranked, below: jax.Array, at: jax.Array, cut: jax.Array
 ) -> list[jax.Array]:
     """What is kept if everything is dropped that :func:`count` would count."""
-    below, at, cut, ones = lax.optimization_barrier((below, at, cut, _ones(ranked)))
     keys, cuts = _to_float(jnp.stack([below, at], axis=1)), cut[:, None]
-    kept = ranked.kept or [None] * len(ranked.scores)
     return [
-        _mask_one(x, mask, _nameless(tensor), keys, cuts, start, one)
-        for x, mask, tensor, start, one in zip(
-            ranked.scores, kept, ranked.tensors, ranked.starts, ones
-        )
+        _mask_one(x, mask, tensor, keys, cuts, start, one)
+        for x, mask, tensor, start, one in _hidden(ranked)
     ]
+
+
+def sum_over(values: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Sum over manual mesh axes, if there are any."""
+    return lax.psum(values, axes) if axes else values
 
 
 def split(low: jax.Array, high: jax.Array) -> Candidates:
@@ -194,14 +208,19 @@ def distance(low: jax.Array, high: jax.Array) -> jax.Array:
     return as_uint(high) - as_uint(low)
 
 
-def _ones(ranked: Ranked) -> tuple[jax.Array, ...]:
-    # Each tensor its own: an index that two of them share would carry the sharding of
-    # one over to the other.
-    return tuple(jnp.int32(1) for _ in ranked.scores)
+def _hidden(ranked: Ranked) -> Iterator[tuple[Any, ...]]:
+    """All of each tensor, behind a barrier.
 
-
-def _nameless(tensor: Tensor) -> Tensor:
-    return dataclasses.replace(tensor, name="")
+    It keeps XLA from computing ranks and indices once, outside of the loop, and storing
+    them: four bytes a weight. Each tensor has its own, and its own 1 for the index to
+    be made of: what two of them share would carry the sharding of one to the other.
+    """
+    kept = ranked.kept or [None] * len(ranked.scores)
+    for x, mask, tensor, start in zip(
+        ranked.scores, kept, ranked.tensors, ranked.starts
+    ):
+        x, mask, one = lax.optimization_barrier((x, mask, jnp.int32(1)))
+        yield x, mask, dataclasses.replace(tensor, name=""), start, one
 
 
 # A function of its own, to be traced once for all tensors of a shape; and compiled in
@@ -223,7 +242,7 @@ def _count_one(
     )
     sums = tally(operands, tuple(range(tensor.leading, len(tensor.shape))))
     counts = [_replicated(s).reshape(tensor.segments) for s in sums]
-    return _sum_over(jnp.stack(counts, axis=1), tensor.axes)
+    return sum_over(jnp.stack(counts, axis=1), tensor.axes)
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -256,10 +275,6 @@ def _replicated(counts: jax.Array) -> jax.Array:
         return counts
     everywhere = NamedSharding(sharding.mesh, PartitionSpec())
     return jax.sharding.reshard(counts, everywhere)
-
-
-def _sum_over(counts: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    return lax.psum(counts, axes) if axes else counts
 
 
 def _dropped(

@@ -57,9 +57,9 @@ def on_schedule(
         _, masks, churn, alive = carry
         new = change_masks(state._replace(masks=masks), weights, target, starts)
         if seen_alive is None:
-            churn = _churn(masks, new)
+            churn = _churn(masks, new, state.config.axis_name)
         else:
-            now = position.total(new, weights)
+            now = position.total(new, weights, state.config.axis_name)
             alive = position.after_change(alive, seen_alive, now)
         return jnp.bool_(False), new, churn, alive
 
@@ -147,11 +147,13 @@ def check_emptying(allocation: Any) -> None:
         )
 
 
-def _churn(old: Any, new: Any) -> jax.Array:
+def _churn(old: Any, new: Any, axis_name: tuple[str, ...]) -> jax.Array:
     """Fraction of the weights that changed places: one dropped, another revived."""
-    dropped, revived, total = jnp.float32(0), jnp.float32(0), 0
+    dropped = revived = total = jnp.float32(0)
     for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new)):
+        axes = counting.split_axes(a, axis_name)
         counts = counting.tally((a & ~b, ~a & b))
+        counts = counting.sum_over(jnp.stack([*counts, jnp.int32(a.size)]), axes)
         dropped, revived = dropped + counts[0], revived + counts[1]
-        total += a.size
-    return 2 * jnp.minimum(dropped, revived) / max(total, 1)
+        total += counts[2]
+    return 2 * jnp.minimum(dropped, revived) / jnp.maximum(total, 1)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from movement_jax import counting
 from movement_jax import tree as _tree
 from movement_jax.state import MovementState
 
@@ -38,11 +39,14 @@ def look(state: MovementState, weights: Any) -> tuple[MovementState, jax.Array]:
       ``state`` with its events brought up to date, and the :func:`total` that was
       seen, 0 if it was not time to look.
     """
-    events = state.events
+    events, axis_name = state.events, state.config.axis_name
     due = (events.alive > 0) | (state.step % LOOK_EVERY == 0)
     _, now = lax.while_loop(  # zero or one trips, as for masks
         lambda carry: carry[0],
-        lambda _: (jnp.bool_(False), total(state.masks, weights)),
+        lambda _: (
+            jnp.bool_(False),
+            total(state.masks, weights, axis_name),
+        ),
         (due, jnp.float32(0)),
     )
     again = (events.alive > 0) & jnp.isfinite(events.alive) & (now > 0)
@@ -55,7 +59,7 @@ def look(state: MovementState, weights: Any) -> tuple[MovementState, jax.Array]:
     return state._replace(events=events), now
 
 
-def total(masks: Any, weights: Any) -> jax.Array:
+def total(masks: Any, weights: Any, axis_name: tuple[str, ...] = ()) -> jax.Array:
     """Sum of the magnitudes of pruned weights that are finite. Shape (), float32.
 
     Of the largest tensors only: what follows in a chain sees all of them alike.
@@ -72,7 +76,8 @@ def total(masks: Any, weights: Any) -> jax.Array:
             lambda a, b: (a[0] + b[0], a[1] + b[1]),
             tuple(range(weight.ndim)),
         )
-        result += jnp.where(n > 0, size, 0)
+        size = jnp.where(n > 0, size, 0)
+        result += counting.sum_over(size, counting.split_axes(mask, axis_name))
     return result
 
 

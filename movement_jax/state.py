@@ -30,6 +30,7 @@ class PruningConfig:
       stacked: regular expression for paths whose leading axis indexes layers.
       prunable: the regular expression that selected the tensors, if one was given.
       finalized: whether :func:`movement_jax.finalize` has fixed the masks.
+      axis_name: manual mesh axes that tensors are split over.
     """
 
     criterion: Criterion
@@ -38,6 +39,7 @@ class PruningConfig:
     stacked: str | None = None
     prunable: str | None = None
     finalized: bool = False
+    axis_name: tuple[str, ...] = ()
 
 
 class Events(NamedTuple):
@@ -170,16 +172,19 @@ def check_trained_params(opt_state: Any) -> None:
 
 def tensors_of(state: MovementState) -> list[counting.Tensor]:
     """The tensors that a state prunes, in flatten order."""
-    return tensors_in(state.masks, state.config.stacked)
+    return tensors_in(state.masks, state.config.stacked, state.config.axis_name)
 
 
-def tensors_in(tree: Any, stacked: str | None) -> list[counting.Tensor]:
+def tensors_in(
+    tree: Any, stacked: str | None, axis_name: tuple[str, ...] = ()
+) -> list[counting.Tensor]:
     """The tensors of a tree with holes, in flatten order."""
     return [
         counting.Tensor(
             name,
             tuple(leaf.shape),
             int(stacked is not None and re.search(stacked, name) is not None),
+            counting.split_axes(leaf, axis_name),
         )
         for name, leaf in _tree.named_leaves(tree)
     ]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from movement_jax import masking, position, schedules, scoring
+from movement_jax import counting, masking, position, schedules, scoring
 from movement_jax import tree as _tree
 from movement_jax.allocation import Allocation, Uniform
 from movement_jax.criteria import Criterion, EmaMagnitude
@@ -29,6 +29,7 @@ def movement_pruning(
     stacked: str | None = None,
     regrow: bool = False,
     inner: optax.GradientTransformation | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
     check_finite: bool = True,
     track_start: bool = False,
     track_noise: bool = False,
@@ -66,6 +67,9 @@ def movement_pruning(
         Then evaluate and differentiate the model at
         :func:`movement_jax.effective_params`.
       inner: optimizer to wrap, for criteria that need raw gradients.
+      axis_name: inside ``shard_map`` or ``pmap``, the mesh axes that params are split
+        over. Counts are then summed over them, and of tied scores those on earlier
+        devices are kept. Not needed under ``jit``, whatever the sharding.
       check_finite: look at all updates (and gradients) before each step, so that a bad
         step changes no score and no mask. False saves the optimizer the trip through
         memory that this takes; then only the scores that would not be finite stay as
@@ -98,12 +102,18 @@ def movement_pruning(
       `arXiv:2005.07683 <https://arxiv.org/abs/2005.07683>`_
     """
     _check_arguments(sparsity, criterion, allocation, inner)
+    if axis_name and track_noise:
+        raise ValueError(
+            "`track_noise` averages over whole tensors, which `axis_name` splits. Use "
+            "one of them, or `jit` with sharded params, which needs no `axis_name`."
+        )
     config = PruningConfig(
         criterion=criterion,
         allocation=allocation,
         regrow=regrow,
         stacked=stacked,
         prunable=prunable if isinstance(prunable, str) else None,
+        axis_name=(axis_name,) if isinstance(axis_name, str) else axis_name or (),
     )
     wrapped = optax.with_extra_args_support(inner or optax.identity())
 
@@ -112,7 +122,7 @@ def movement_pruning(
         weights = _tree.select(params, prunable)
         if jax.tree.leaves(weights):
             _check_stacked(stacked, weights)
-            allocation.check(tensors_in(weights, stacked))
+            allocation.check(tensors_in(weights, stacked, config.axis_name))
         return MovementState(
             step=jnp.zeros([], jnp.int32),
             scores=criterion.init(weights),
@@ -150,14 +160,15 @@ def movement_pruning(
             )
         weights = _tree.punch(state.masks, params, "params")
         grads = None if inner is None else _tree.punch(state.masks, updates, "updates")
-        finite = _all_finite(updates) if check_finite else jnp.bool_(True)
+        axes = state.config.axis_name
+        finite = _all_finite(updates, axes) if check_finite else jnp.bool_(True)
         if inner is not None:
             updates = _keep(state.masks, updates)
         updates, inner_state = wrapped.update(
             updates, state.inner_state, params, **extra_args
         )
         if inner is not None and check_finite:
-            finite &= _all_finite(updates)
+            finite &= _all_finite(updates, axes)
         _tree.punch(state.masks, updates, "updates")
         state = state._replace(inner_state=inner_state)
 
@@ -202,12 +213,13 @@ def _apply(state: MovementState, params: Any, updates: Any) -> Any:
     return jax.tree.map(add, state.masks, params, updates, is_leaf=_tree.is_hole)
 
 
-def _all_finite(tree: Any) -> jax.Array:
-    checks = [
-        jnp.all(jnp.isfinite(leaf))
-        for leaf in jax.tree.leaves(tree)
-        if jnp.issubdtype(getattr(leaf, "dtype", float), jnp.inexact)
-    ]
+def _all_finite(tree: Any, axis_name: tuple[str, ...]) -> jax.Array:
+    checks = []
+    for leaf in jax.tree.leaves(tree):
+        if jnp.issubdtype(getattr(leaf, "dtype", float), jnp.inexact):
+            axes = counting.split_axes(leaf, axis_name)
+            broken = ~jnp.all(jnp.isfinite(leaf))
+            checks.append(counting.sum_over(broken.astype(jnp.int32), axes) == 0)
     return jnp.all(jnp.stack(checks)) if checks else jnp.bool_(True)
 
 
