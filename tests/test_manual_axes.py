@@ -57,12 +57,16 @@ def step(tx, params, opt_state):
     return optax.apply_updates(params, updates), opt_state
 
 
+def train(tx, params, opt_state):
+    def body(state, _):
+        return step(tx, *state), None
+
+    return jax.lax.scan(body, (params, opt_state), length=STEPS)[0]
+
+
 def train_whole(tx):
     params = jax.tree.map(jnp.asarray, PARAMS)
-    state = params, tx.init(params)
-    for _ in range(STEPS):
-        state = jax.jit(functools.partial(step, tx))(*state)
-    return state
+    return jax.jit(functools.partial(train, tx))(params, tx.init(params))
 
 
 def specs_of(opt_state, specs):
@@ -85,15 +89,13 @@ def train_split(tx, specs=SPECS, **options):
         state, jax.tree.map(lambda spec: NamedSharding(mesh, spec), layout)
     )
     mapped = jax.shard_map(
-        functools.partial(step, tx),
+        functools.partial(train, tx),
         mesh=mesh,
         in_specs=layout,
         out_specs=layout,
         **options,
     )
-    for _ in range(STEPS):
-        state = jax.jit(mapped)(*state)
-    return state
+    return jax.jit(mapped)(*state)
 
 
 def assert_equal(got, want):
@@ -166,15 +168,11 @@ def test_pmap_with_parts_stacked_along_its_axis():
     tx = make(axis_name="x")
     kernel = PARAMS["split"]["kernel"].reshape(DEVICES, -1, 6)
     params = {"kernel": jnp.asarray(kernel)}
-    run = functools.partial(step, tx)
 
-    def train(params):
-        state = params, tx.init(params)
-        for _ in range(STEPS):
-            state = run(*state)
-        return mj.find_state(state[1]).masks
+    def masks_of(params):
+        return mj.find_state(train(tx, params, tx.init(params))[1]).masks
 
-    got = jax.pmap(train, "x", devices=jax.devices()[:DEVICES])(params)["kernel"]
+    got = jax.pmap(masks_of, "x", devices=jax.devices()[:DEVICES])(params)["kernel"]
     expected = mj.find_state(train_whole(make())[1]).masks["split"]["kernel"]
     np.testing.assert_array_equal(np.asarray(got).reshape(64, 6), expected)
 
