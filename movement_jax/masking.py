@@ -7,8 +7,14 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from movement_jax import position, schedules, selection
-from movement_jax.state import MovementState, tensors_of
+from movement_jax import allocation as _allocation
+from movement_jax import grouping, position, schedules, selection
+from movement_jax import structure as _structure
+from movement_jax.selection import Tensor
+from movement_jax.state import MovementState, PruningConfig, tensors_of
+from movement_jax.structure import NM
+
+_ROUNDING = 1e-6  # of a third, written down
 
 
 def on_schedule(
@@ -91,7 +97,7 @@ def masks_from(
 
     Args:
       scores: tree like ``state.masks``.
-      state: gives the allocation and the stacked paths.
+      state: gives the allocation, the structure and the stacked paths.
       target: fraction to drop, and how far a schedule has come.
       kept: masks that may only shrink, or None.
 
@@ -104,11 +110,78 @@ def masks_from(
     structure = jax.tree.structure(state.masks)
     leaves = structure.flatten_up_to(scores)
     old = None if kept is None else structure.flatten_up_to(kept)
-    n_drop, hint = state.config.allocation.n_drop(target, tensors, leaves, old)
-    new = selection.keep_masks(leaves, tensors, n_drop, kept=old, hint=hint)
+    new = _masks_from(leaves, state.config, tensors, target, old)
     if old is not None:
         new = [a & b for a, b in zip(new, old)]
     return structure.unflatten(new)
+
+
+def _masks_from(
+    scores: list[jax.Array],
+    config: PruningConfig,
+    tensors: list[Tensor],
+    target: schedules.Target,
+    kept: list[jax.Array] | None,
+) -> list[jax.Array]:
+    """Windows by themselves; all else as groups, ranked by the allocation's counts."""
+    masks: dict[int, jax.Array] = {}
+    ranked, groups, worth = [], [], []
+    alive: list[jax.Array] | None = None if kept is None else []
+    for i, (x, tensor) in enumerate(zip(scores, tensors)):
+        own, old = _structure.structure_of(config.structure, tensor.name), None
+        if kept is not None:
+            old = kept[i]
+        if isinstance(own, NM):
+            n_drop = _allocation.window_drop(
+                config.allocation, target, tensor.name, own.m
+            )
+            masks[i] = own.keep(x, tensor, n_drop, old)
+            continue
+        block = own.block(tensor)
+        ranked.append((i, block))
+        groups.append(_structure.groups_of(own, tensor))
+        worth.append(grouping.group_scores(x, block, own.reduce))
+        if alive is not None and old is not None:
+            alive.append(grouping.group_any(old, block))
+    if ranked:
+        n_drop, hint = config.allocation.n_drop(target, groups, worth, alive)
+        tops = selection.keep_masks(worth, groups, n_drop, kept=alive, hint=hint)
+        for (i, block), top in zip(ranked, tops):
+            masks[i] = grouping.spread(top, block, scores[i])
+    return [masks[i] for i in range(len(tensors))]
+
+
+def check_reach(
+    config: PruningConfig, tensors: list[Tensor] | None, sparsity: Any
+) -> None:
+    """Refuses a sparsity, if it is a number, that N:M patterns cannot reach.
+
+    Args:
+      config: gives the structure, and the rules of an allocation.
+      tensors: what is to be pruned; None while that is not known.
+      sparsity: asked for overall.
+    """
+    if tensors is None:
+        if isinstance(config.structure, NM) and not isinstance(
+            config.allocation, _allocation.PerPath
+        ):
+            _check_reach(config.structure, sparsity, "every tensor")
+        return
+    for tensor in tensors:
+        own = _structure.structure_of(config.structure, tensor.name)
+        if isinstance(own, NM):
+            level = _allocation.rule_of(config.allocation, tensor.name, sparsity)
+            _check_reach(own, level, repr(tensor.name))
+
+
+def _check_reach(own: NM, level: Any, where: str) -> None:
+    if isinstance(level, int | float) and level > own.most + _ROUNDING:
+        raise ValueError(
+            f"`structure`=NM({own.n}, {own.m}) drops at most {own.most:.6g} of "
+            f"{where}, and `sparsity` asks for {level:g}. Lower it, keep fewer of "
+            f"every {own.m}, or give these tensors a sparsity of their own with "
+            f"`allocation=PerPath({{'pattern': {own.most:.6g}}})`."
+        )
 
 
 def check_emptying(allocation: Any) -> None:

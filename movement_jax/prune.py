@@ -38,7 +38,8 @@ def prune(state: TrainStateT, sparsity: jax.typing.ArrayLike) -> TrainStateT:
 
     Raises:
       ValueError: if there is no pruning state in the optimizer state or more than one,
-        nothing has been scored yet, or ``sparsity`` is out of range.
+        nothing has been scored yet, or ``sparsity`` is out of range or beyond what
+        an N:M pattern reaches.
 
     Examples:
       >>> import jax.numpy as jnp, optax, movement_jax as mj
@@ -304,6 +305,7 @@ def _checked(sparsity: Any, found: MovementState) -> Any:
             return sparsity.astype(jnp.promote_types(sparsity.dtype, jnp.float32))
         sparsity = float(sparsity)
     schedules.check_sparsity("sparsity", sparsity)
+    masking.check_reach(found.config, _state.tensors_of(found), sparsity)
     if sparsity == 1:
         masking.check_emptying(found.config.allocation)
     return sparsity

@@ -37,11 +37,14 @@ class Tensor:
       name: its ``/``-joined path.
       shape: its shape.
       stacked: number of leading axes whose slices are ranked separately.
+      block: where groups of weights are ranked, how many of them a group spans along
+        each axis; else ``()``.
     """
 
     name: str
     shape: tuple[int, ...]
     stacked: int = 0
+    block: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.size > MAX_COUNT:
@@ -175,6 +178,7 @@ def common_threshold(
     *,
     most: jax.Array,
     kept: Sequence[jax.Array] | None = None,
+    each: np.ndarray | int = 1,
 ) -> tuple[jax.Array, jax.Array]:
     """Splits one count over all segments by a threshold they share.
 
@@ -184,18 +188,20 @@ def common_threshold(
       n_drop: how many to drop in total. Shape ``()``, int32.
       most: the most that may be dropped in each segment. Shape ``(segments,)``.
       kept: masks so far; what they drop ranks below everything.
+      each: what one score of each segment counts for in ``n_drop``.
 
     Returns:
       How many each segment drops, shape ``(segments,)``, and the threshold's key. Of
       scores equal to the threshold, those of earlier segments are kept.
     """
-    total = int(sizes(tensors).sum())
+    total = int((sizes(tensors) * each).sum())
     if total > MAX_COUNT:
         raise ValueError(
             f"`Global()` ranks {total} weights together, more than {MAX_COUNT}. Use "
             "`Uniform()` or `ErdosRenyi()`, or prune fewer tensors with `prunable=`."
         )
-    most = jnp.asarray(most, jnp.int32)
+    weigh = np.asarray(each, np.int32)
+    most = jnp.asarray(most, jnp.int32) * weigh
     nothing = jnp.full(most.shape, -_TOP, jnp.int32)
     uncut = jnp.zeros(most.shape, jnp.int32)
     step = jnp.arange(1, CANDIDATES + 1, dtype=jnp.uint32)
@@ -211,7 +217,7 @@ def common_threshold(
             jnp.broadcast_to(at, (*most.shape, CANDIDATES)),
             jnp.broadcast_to(uncut[:, None], (*most.shape, CANDIDATES)),
         )
-        counts = jnp.minimum(counts, most[:, None])
+        counts = jnp.minimum(counts * weigh[..., None], most[:, None])
         for j in range(CANDIDATES):
             enough = counts[:, j].sum() >= n_drop
             raises = ~enough & (at[j] > low)
@@ -229,7 +235,7 @@ def common_threshold(
     ties = count_high - count_low
     later = jnp.cumsum(ties[::-1])[::-1] - ties
     quota = jnp.clip(n_drop - count_low.sum() - later, 0, ties)
-    return jnp.where(n_drop > 0, count_low + quota, 0), high
+    return jnp.where(n_drop > 0, (count_low + quota) // weigh, 0), high
 
 
 # One search per segment, all in one loop: every field has one entry per segment.

@@ -10,6 +10,7 @@ from movement_jax import selection
 from movement_jax import tree as _tree
 from movement_jax.allocation import Allocation
 from movement_jax.criteria import Criterion
+from movement_jax.structure import Rules, Structure, Unstructured
 
 # These optimizers evaluate the model at other weights than those they step from.
 _OTHER_PARAMS = {"ScheduleFreeState": "schedule_free", "MechanicState": "mechanize"}
@@ -29,6 +30,8 @@ class PruningConfig:
       regrow: whether pruned weights keep their dense value and may come back.
       stacked: regular expression for paths whose leading axis indexes layers.
       prunable: the regular expression that selected the tensors, if one was given.
+      structure: what is kept or dropped together; pairs of pattern and structure if it
+        was given as a mapping.
       finalized: whether :func:`movement_jax.finalize` has fixed the masks.
     """
 
@@ -38,6 +41,7 @@ class PruningConfig:
     stacked: str | None = None
     prunable: str | None = None
     finalized: bool = False
+    structure: Structure | Rules = Unstructured()
 
 
 class Events(NamedTuple):
