@@ -7,6 +7,7 @@ flattened or gathered, and only group scores are stored: ``1 / b`` of the tensor
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -42,12 +43,118 @@ def group_scores(x: jax.Array, block: tuple[int, ...], reduce: Reduce) -> jax.Ar
     Returns:
       One score per block, float32; ``x`` itself for blocks of one.
     """
+    if math.prod(block) == 1:
+        return x
+    score = functools.partial(_score, reduce=reduce)
+    return _by_parts(score, x.astype(jnp.float32), block)
+
+
+def group_any(mask: jax.Array, block: tuple[int, ...]) -> jax.Array:
+    """Whether a block has any True."""
+    if math.prod(block) == 1:
+        return mask
+    return _by_parts(_any, mask, block)
+
+
+def spread(groups: jax.Array, block: tuple[int, ...], like: jax.Array) -> jax.Array:
+    """Gives every member the value of its block.
+
+    Args:
+      groups: one value per block.
+      block: its size along each axis.
+      like: has the shape and the sharding of the result.
+    """
+    if math.prod(block) == 1:
+        return groups
+    for axis, (b, d) in enumerate(zip(block, like.shape)):
+        if b > 1 and groups.shape[axis] > 1:
+            groups = jnp.expand_dims(groups, axis + 1)
+            shape = (*groups.shape[: axis + 1], b, *groups.shape[axis + 2 :])
+            groups = _join(jnp.broadcast_to(groups, shape), axis)
+            if groups.shape[axis] > d:
+                groups = lax.slice_in_dim(groups, 0, d, axis=axis)
+    return _laid_out(jnp.broadcast_to(groups, like.shape), like)
+
+
+def keep_in_windows(
+    x: jax.Array,
+    axis: int,
+    window: int,
+    n_drop: jax.Array,
+    kept: jax.Array | None = None,
+) -> jax.Array:
+    """Mask that drops the lowest of every few consecutive scores along an axis.
+
+    They are compared pair by pair, and rank as in :func:`movement_jax.keep_top`: the
+    lower index is kept among equals, NaN is highest, -0.0 and subnormals are zero. What
+    the last window lacks counts as dropped.
+
+    Args:
+      x: scores.
+      axis: along which the windows lie.
+      window: scores in each.
+      n_drop: how many to drop in each. Shape ``()``, int32.
+      kept: mask so far; what it drops ranks below everything.
+
+    Returns:
+      True where kept. Shape of ``x``, bool.
+    """
+    key, size = _rank_key(x), x.shape[axis]
+    if kept is not None:
+        key = jnp.where(kept, key, _DROPPED)
+    rest = size % window
+    if not rest:
+        return _laid_out(_keep_in_windows(key, axis, window, n_drop), x)
+    key = _within_devices(key, axis, window)
+    last = lax.slice_in_dim(key, size - rest, size, axis=axis)
+    mask = _keep_in_windows(last, axis, rest, n_drop - (window - rest))
+    if size > window:
+        whole = lax.slice_in_dim(key, 0, size - rest, axis=axis)
+        whole = _keep_in_windows(whole, axis, window, n_drop)
+        mask = jnp.concatenate([whole, mask], axis)
+    return _laid_out(mask, x)
+
+
+def _keep_in_windows(
+    key: jax.Array, axis: int, window: int, n_drop: jax.Array
+) -> jax.Array:
+    key = _split_axis(key, axis, window)
+    index = np.arange(window).reshape((window,) + (1,) * (key.ndim - axis - 2))
+    above = jnp.zeros_like(key)
+    for j in range(window):
+        other = lax.slice_in_dim(key, j, j + 1, axis=axis + 1)
+        above += (other + (j < index).astype(np.int32) > key).astype(jnp.int32)
+    return _join(above < window - n_drop, axis)
+
+
+def _by_parts(
+    reduce: Callable[[jax.Array, tuple[int, ...]], jax.Array],
+    x: jax.Array,
+    block: tuple[int, ...],
+) -> jax.Array:
+    """Reduces whole blocks, and apart from them those that an axis cuts short."""
+    for axis, (d, b) in enumerate(zip(x.shape, block)):
+        rest = d % b
+        if rest:
+            x = _within_devices(x, axis, b)
+            last = (*block[:axis], rest, *block[axis + 1 :])
+            whole = lax.slice_in_dim(x, 0, d - rest, axis=axis)
+            x = lax.slice_in_dim(x, d - rest, d, axis=axis)
+            parts = [_by_parts(reduce, whole, block), _by_parts(reduce, x, last)]
+            return jnp.concatenate(parts, axis)
+    return reduce(x, block)
+
+
+def _any(mask: jax.Array, block: tuple[int, ...]) -> jax.Array:
+    split, axes = _split(mask, block)
+    return jnp.any(split, axis=axes)
+
+
+def _score(x: jax.Array, block: tuple[int, ...], reduce: Reduce) -> jax.Array:
     members = math.prod(block)
     if members == 1:
         return x
-    x = x.astype(jnp.float32)
-    counts = _members(x.shape, block)
-    x, axes = _split(x, block, 0.0)
+    x, axes = _split(x, block)
     finite = jnp.isfinite(x)
     real = jnp.where(finite & (jnp.abs(x) >= np.finfo(np.float32).tiny), x, 0)
     top, special = lax.reduce(  # of zeros, infinities and NaN the order is free
@@ -78,104 +185,24 @@ def group_scores(x: jax.Array, block: tuple[int, ...], reduce: Reduce) -> jax.Ar
         total += limb.astype(jnp.float32) * np.float32(2.0**-unit)
         unit -= width
     if reduce == "mean":
-        total /= functools.reduce(jnp.multiply, counts)
+        total /= np.float32(members)
     # In two factors: the power of two of tiny scores has no place in float32.
     return total * np.float32(0.5) * _power_of_two(exponent - 127) + special
 
 
-def group_any(mask: jax.Array, block: tuple[int, ...]) -> jax.Array:
-    """Whether a block has any True."""
-    if math.prod(block) == 1:
-        return mask
-    split, axes = _split(mask, block, False)
-    return jnp.any(split, axis=axes)
-
-
-def spread(groups: jax.Array, block: tuple[int, ...], like: jax.Array) -> jax.Array:
-    """Gives every member the value of its block.
-
-    Args:
-      groups: one value per block.
-      block: its size along each axis.
-      like: has the shape and the sharding of the result.
-    """
-    if math.prod(block) == 1:
-        return groups
-    for axis, (b, d) in enumerate(zip(block, like.shape)):
-        if b > 1 and groups.shape[axis] > 1:
-            groups = jnp.expand_dims(groups, axis + 1)
-            shape = (*groups.shape[: axis + 1], b, *groups.shape[axis + 2 :])
-            groups = _join(jnp.broadcast_to(groups, shape), axis, d)
-    return _laid_out(jnp.broadcast_to(groups, like.shape), like)
-
-
-def keep_in_windows(
-    x: jax.Array,
-    axis: int,
-    window: int,
-    n_drop: jax.Array,
-    kept: jax.Array | None = None,
-) -> jax.Array:
-    """Mask that drops the lowest of every few consecutive scores along an axis.
-
-    They are compared pair by pair, and rank as in :func:`movement_jax.keep_top`: the
-    lower index is kept among equals, NaN is highest, -0.0 and subnormals are zero. What
-    the last window lacks counts as dropped.
-
-    Args:
-      x: scores.
-      axis: along which the windows lie.
-      window: scores in each.
-      n_drop: how many to drop in each. Shape ``()``, int32.
-      kept: mask so far; what it drops ranks below everything.
-
-    Returns:
-      True where kept. Shape of ``x``, bool.
-    """
-    size = x.shape[axis]
-    key = _rank_key(x)
-    if kept is not None:
-        key = jnp.where(kept, key, _DROPPED)
-    key = _split_axis(key, axis, window, _DROPPED)
-    index = np.arange(window).reshape((window,) + (1,) * (key.ndim - axis - 2))
-    above = jnp.zeros_like(key)
-    for j in range(window):
-        other = lax.slice_in_dim(key, j, j + 1, axis=axis + 1)
-        above += (other + (j < index).astype(np.int32) > key).astype(jnp.int32)
-    return _laid_out(_join(above < window - n_drop, axis, size), x)
-
-
-def _members(shape: tuple[int, ...], block: tuple[int, ...]) -> list[jax.Array]:
-    """How many members a block has along each axis, shaped to be multiplied."""
-    counts = []
-    for axis, (d, b) in enumerate(zip(shape, block)):
-        count = np.minimum(b, d - np.arange(0, d, b))
-        count = count[:1] if d % b == 0 or b >= d else count
-        count = count.reshape((-1,) + (1,) * (len(shape) - axis - 1))
-        counts.append(jnp.asarray(count, jnp.float32))
-    return counts
-
-
-def _split(
-    x: jax.Array, block: tuple[int, ...], fill: float
-) -> tuple[jax.Array, tuple[int, ...]]:
-    """Splits every axis into blocks; the array, and its axes within the blocks."""
+def _split(x: jax.Array, block: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:
+    """Splits every axis into whole blocks; the array, and its axes within them."""
     axes: list[int] = []
     for axis in reversed(range(x.ndim)):
         if block[axis] > 1:
-            x = _split_axis(x, axis, block[axis], fill)
+            x = _split_axis(x, axis, block[axis])
             axes = [axis + 1, *(a + 1 for a in axes)]
     return x, tuple(axes)
 
 
-def _split_axis(x: jax.Array, axis: int, size: int, fill: float) -> jax.Array:
-    """``(d,)`` to ``(ceil(d / size), size)``, the last of them filled up."""
-    d, parts = x.shape[axis], -(-x.shape[axis] // size)
-    x = _within_devices(x, axis, size)
-    if parts * size != d:
-        padding = [(0, 0, 0)] * x.ndim
-        padding[axis] = (0, parts * size - d, 0)
-        x = lax.pad(x, jnp.asarray(fill, x.dtype), padding)
+def _split_axis(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """``(d,)`` to ``(d / size, size)``."""
+    x, parts = _within_devices(x, axis, size), x.shape[axis] // size
     return x.reshape(*x.shape[:axis], parts, size, *x.shape[axis + 1 :])
 
 
@@ -194,11 +221,10 @@ def _within_devices(x: jax.Array, axis: int, size: int) -> jax.Array:
     return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
 
 
-def _join(x: jax.Array, axis: int, d: int) -> jax.Array:
+def _join(x: jax.Array, axis: int) -> jax.Array:
     """Undoes :func:`_split_axis`."""
     parts, size = x.shape[axis : axis + 2]
-    x = x.reshape(*x.shape[:axis], parts * size, *x.shape[axis + 2 :])
-    return x if parts * size == d else lax.slice_in_dim(x, 0, d, axis=axis)
+    return x.reshape(*x.shape[:axis], parts * size, *x.shape[axis + 2 :])
 
 
 def _laid_out(mask: jax.Array, like: jax.Array) -> jax.Array:
