@@ -119,11 +119,11 @@ def _keep_in_windows(
     key: jax.Array, axis: int, window: int, n_drop: jax.Array
 ) -> jax.Array:
     key = _split_axis(key, axis, window)
-    index = np.arange(window).reshape((window,) + (1,) * (key.ndim - axis - 2))
+    index = lax.broadcasted_iota(jnp.int32, key.shape, axis + 1)
     above = jnp.zeros_like(key)
     for j in range(window):
         other = lax.slice_in_dim(key, j, j + 1, axis=axis + 1)
-        above += (other + (j < index).astype(np.int32) > key).astype(jnp.int32)
+        above += (other + (j < index).astype(jnp.int32) > key).astype(jnp.int32)
     return _join(above < window - n_drop, axis)
 
 

@@ -200,7 +200,7 @@ def common_threshold(
             f"`Global()` ranks {total} weights together, more than {MAX_COUNT}. Use "
             "`Uniform()` or `ErdosRenyi()`, or prune fewer tensors with `prunable=`."
         )
-    weigh = np.asarray(each, np.int32)
+    weigh = np.broadcast_to(np.asarray(each, np.int32), most.shape)
     most = jnp.asarray(most, jnp.int32) * weigh
     nothing = jnp.full(most.shape, -_TOP, jnp.int32)
     uncut = jnp.zeros(most.shape, jnp.int32)
@@ -217,7 +217,7 @@ def common_threshold(
             jnp.broadcast_to(at, (*most.shape, CANDIDATES)),
             jnp.broadcast_to(uncut[:, None], (*most.shape, CANDIDATES)),
         )
-        counts = jnp.minimum(counts * weigh[..., None], most[:, None])
+        counts = jnp.minimum(counts * weigh[:, None], most[:, None])
         for j in range(CANDIDATES):
             enough = counts[:, j].sum() >= n_drop
             raises = ~enough & (at[j] > low)

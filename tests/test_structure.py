@@ -767,52 +767,41 @@ def placed(mode, shapes=PLACED):
     )
 
 
-def run_placed(mode, allocation, regrow):
+def run_placed(mode):
+    """Two steps of a rising schedule."""
     params = placed(mode)
     tx = mj.movement_pruning(
         mj.cubic(0.5, begin=0, end=2),
         mj.Magnitude(),
         structure=PLACED_STRUCTURE,
-        allocation=allocation,
+        allocation=mj.Global(),
         stacked="layers",
-        regrow=regrow,
-        inner=optax.sgd(0.1),
     )
 
     @jax.jit
     def step(params, opt_state):
-        updates, opt_state = tx.update(params, opt_state, params)
+        updates = jax.tree.map(lambda p: -0.1 * p, params)
+        updates, opt_state = tx.update(updates, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
     opt_state = tx.init(params)
     for _ in range(2):
         params, opt_state = step(params, opt_state)
-    return params, opt_state
+    return opt_state.masks
 
 
 @functools.cache
-def unsharded(allocation, regrow):
-    _, opt_state = run_placed(None, allocation, regrow)
-    return [np.asarray(mask) for mask in jax.tree.leaves(opt_state.masks)]
+def unsharded():
+    return [np.asarray(mask) for mask in jax.tree.leaves(run_placed(None))]
 
 
 @needs_eight
-@pytest.mark.parametrize(
-    "mode, allocation, regrow",
-    [
-        ("auto", UNIFORM, False),
-        ("explicit", UNIFORM, False),
-        ("explicit", mj.Global(), True),
-    ],
-)
-def test_on_a_mesh_masks_are_those_of_one_device(mode, allocation, regrow):
-    params, opt_state = run_placed(mode, allocation, regrow)
-    start = jax.tree.leaves(placed(mode))
-    masks = jax.tree.leaves(opt_state.masks)
-    for got, want in zip(masks, unsharded(allocation, regrow), strict=True):
-        np.testing.assert_array_equal(got, want)
-        assert 0 < np.asarray(got).mean() < 1
-    for mask, first in zip(masks, start):
+@pytest.mark.parametrize("mode", MODES)
+def test_on_a_mesh_masks_are_those_of_one_device(mode):
+    masks = jax.tree.leaves(run_placed(mode))
+    for mask, want, first in zip(masks, unsharded(), jax.tree.leaves(placed(mode))):
+        np.testing.assert_array_equal(mask, want)
+        assert 0 < want.mean() < 1
         assert mask.sharding.is_equivalent_to(first.sharding, mask.ndim)
         assert jax.typeof(mask).sharding.spec == jax.typeof(first).sharding.spec
 
