@@ -268,7 +268,7 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
 
 def _prune_by(state: LMState, scores: Any, sparsity: jax.Array) -> LMState:
     found = mj.find_state(state.opt_state)
-    masks = masks_from(scores, found, Target(sparsity))
+    masks, _ = masks_from(scores, found, Target(sparsity))
     pruned = found._replace(masks=masks, sparsity=sparsity)
     return state.replace(
         params=mj.apply_masks(state.params, masks),

@@ -27,6 +27,7 @@ from movement_jax.report import Summary, TensorSummary, summary
 from movement_jax.schedules import Polynomial, Stepwise, cubic, linear, one_shot
 from movement_jax.selection import keep_top
 from movement_jax.state import Events, MovementState, PruningConfig, Tracked, find_state
+from movement_jax.structure import NM, Axis, Block, Unstructured
 from movement_jax.transform import movement_pruning
 
 __version__ = "0.1.0"
@@ -34,6 +35,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Agreement",
     "Allocation",
+    "Axis",
+    "Block",
     "Criterion",
     "Disputed",
     "EmaMagnitude",
@@ -46,6 +49,7 @@ __all__ = [
     "Movement",
     "MovementScores",
     "MovementState",
+    "NM",
     "PerPath",
     "Polynomial",
     "PruningConfig",
@@ -59,6 +63,7 @@ __all__ = [
     "TensorSummary",
     "Tracked",
     "Uniform",
+    "Unstructured",
     "agreement",
     "apply_masks",
     "cubic",

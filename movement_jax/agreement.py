@@ -279,7 +279,7 @@ def masks_at(
 @functools.partial(jax.jit, static_argnames="sparsity")
 def _masks_at(scores: Any, found: MovementState, kept: Any, *, sparsity: float) -> Any:
     target = schedules.Target(sparsity)  # a Python number, for exact counts
-    return masking.masks_from(scores, found, target, kept)
+    return masking.masks_from(scores, found, target, kept)[0]
 
 
 def _rank_other(opened: Opened, other: Any, caller: str) -> tuple[str, Any] | None:

@@ -1,6 +1,7 @@
 """How one target is spread over tensors: how many weights each of them drops."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -31,6 +32,7 @@ class Allocation(Protocol):
         tensors: Sequence[Tensor],
         scores: Sequence[jax.Array],
         kept: Sequence[jax.Array] | None,
+        hint: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | None]:
         """Returns how many weights to drop in every segment.
 
@@ -39,6 +41,7 @@ class Allocation(Protocol):
           tensors: what is to be pruned.
           scores: one array per tensor.
           kept: masks so far, if pruned weights are to stay pruned.
+          hint: keys of the last thresholds. Shape ``(segments,)``, int32.
 
         Returns:
           Counts, shape ``(segments,)``, int32, and a key that hints at the threshold,
@@ -52,8 +55,9 @@ class Uniform:
     """The same sparsity in every tensor.
 
     Attributes:
-      min_keep: weights kept in every tensor (every slice of a stacked one) whatever
-        the sparsity: a count, or a fraction in (0, 1). Default 1.
+      min_keep: weights (with a structure: groups of them) kept in every tensor (every
+        slice of a stacked one) whatever the sparsity: a count, or a fraction in (0, 1).
+        Default 1.
 
     Examples:
       >>> import movement_jax as mj
@@ -75,9 +79,10 @@ class Uniform:
         tensors: Sequence[Tensor],
         scores: Sequence[jax.Array],
         kept: Sequence[jax.Array] | None,
+        hint: jax.Array | None = None,
     ) -> tuple[jax.Array, None]:
         """Rounds ``sparsity * size`` in every segment."""
-        del scores, kept
+        del scores, kept, hint
         sizes = counting.sizes(tensors)
         return jnp.minimum(drop_count(target, sizes), _most(sizes, self)), None
 
@@ -87,11 +92,14 @@ class Global:
     """One threshold for all tensors: the lowest scores go, wherever they are.
 
     Tensors whose scores are small may lose nearly everything; ``min_keep`` bounds
-    that, and :func:`movement_jax.health` names the tensors that collapsed.
+    that, and :func:`movement_jax.health` names the tensors that collapsed. With a
+    structure the lowest groups go. Where they differ in size a large one counts for
+    more, and the total falls short of the target by less than a group.
 
     Attributes:
-      min_keep: weights kept in every tensor (every slice of a stacked one) whatever
-        the sparsity: a count, or a fraction in (0, 1). Default 1.
+      min_keep: weights (with a structure: groups of them) kept in every tensor (every
+        slice of a stacked one) whatever the sparsity: a count, or a fraction in (0, 1).
+        Default 1.
 
     Examples:
       >>> import movement_jax as mj
@@ -118,14 +126,27 @@ class Global:
         tensors: Sequence[Tensor],
         scores: Sequence[jax.Array],
         kept: Sequence[jax.Array] | None,
+        hint: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Counts what lies below the threshold that all segments share."""
-        sizes = counting.sizes(tensors)
-        most = _most(sizes, self)
-        total = drop_total(target, int(sizes.sum()))
-        total = wide.minimum(total, wide.from_int(int(most.sum(dtype=np.int64))))
+        sizes, each = counting.sizes(tensors), _weights_each(tensors)
+        most, weights = _most(sizes, self), int((sizes * each).sum())
+        if (sizes * each).max() > counting.MAX_COUNT:
+            raise ValueError(
+                f"`Global()` with groups of different sizes counts at most "
+                f"{counting.MAX_COUNT} weights of a tensor together. Give all tensors "
+                "one structure, or rank their leading axis by slices with `stacked=`."
+            )
+        total = drop_total(target, weights)
+        total = wide.minimum(total, wide.from_int(int((most * each).sum())))
         return selection.common_threshold(
-            scores, tensors, total, most=jnp.asarray(most), kept=kept
+            scores,
+            tensors,
+            total,
+            most=jnp.asarray(most),
+            kept=kept,
+            hint=None if hint is None else jnp.max(hint),
+            each=each,
         )
 
 
@@ -135,11 +156,12 @@ class ErdosRenyi:
 
     The density of a tensor is proportional to :math:`\sum_i d_i / \prod_i d_i` over
     its axes :math:`d_i`, capped at 1, such that the whole reaches the sparsity asked
-    for exactly.
+    for exactly; with groups of different sizes, to within the largest of them.
 
     Attributes:
-      min_keep: weights kept in every tensor (every slice of a stacked one) whatever
-        the sparsity: a count, or a fraction in (0, 1). Default 1.
+      min_keep: weights (with a structure: groups of them) kept in every tensor (every
+        slice of a stacked one) whatever the sparsity: a count, or a fraction in (0, 1).
+        Default 1.
 
     Examples:
       >>> import movement_jax as mj
@@ -166,16 +188,17 @@ class ErdosRenyi:
         tensors: Sequence[Tensor],
         scores: Sequence[jax.Array],
         kept: Sequence[jax.Array] | None,
+        hint: jax.Array | None = None,
     ) -> tuple[jax.Array, None]:
         """Solves for the scale of the densities, then rounds to the exact total."""
-        del scores, kept
+        del scores, kept, hint
         if any(tensor.axes for tensor in tensors):
             raise ValueError(
                 "`ErdosRenyi()` reads the shapes of whole tensors, which `axis_name` "
                 "splits. Use another allocation, or `jit` with sharded params."
             )
-        sizes = counting.sizes(tensors)
-        total = int(sizes.sum())
+        sizes, each = counting.sizes(tensors), _weights_each(tensors)
+        total = int((sizes * each).sum())
         if total > counting.MAX_COUNT:
             raise ValueError(
                 f"`ErdosRenyi()` counts {total} weights together, more than "
@@ -187,8 +210,8 @@ class ErdosRenyi:
         )
         # Densest first, the j-th candidate scale supposes that j tensors are full.
         order = np.argsort(-raw, kind="stable")
-        full = np.concatenate([[0], np.cumsum(sizes[order])[:-1]])
-        open_mass = np.cumsum((raw * sizes)[order][::-1])[::-1]
+        full = np.concatenate([[0], np.cumsum((sizes * each)[order])[:-1]])
+        open_mass = np.cumsum((raw * sizes * each)[order][::-1])[::-1]
         scale = (n_keep - full) / open_mass.astype(np.float32)
         fits = scale * raw[order].astype(np.float32) <= 1
         scale = jnp.where(jnp.any(fits), scale[jnp.argmax(fits)], jnp.inf)
@@ -198,8 +221,10 @@ class ErdosRenyi:
 
         least = sizes - _most(sizes, self)
         wanted = jnp.clip(wanted, least, sizes)
-        wanted = _pour(n_keep - wanted.sum(), wanted, sizes)
-        wanted = wanted - _pour(wanted.sum() - n_keep, 0 * wanted, wanted - least)
+        each = each.astype(np.int32)
+        wanted = _pour(n_keep - (wanted * each).sum(), wanted, sizes, each)
+        excess = (wanted * each).sum() - n_keep
+        wanted = wanted - _pour(excess, 0 * wanted, wanted - least, each)
         return jnp.asarray(sizes - wanted, jnp.int32), None
 
 
@@ -215,8 +240,9 @@ class PerPath:
 
     Attributes:
       rules: ``{regular expression: sparsity}``.
-      min_keep: weights kept in every tensor (every slice of a stacked one) whatever
-        the sparsity: a count, or a fraction in (0, 1). Default 1.
+      min_keep: weights (with a structure: groups of them) kept in every tensor (every
+        slice of a stacked one) whatever the sparsity: a count, or a fraction in (0, 1).
+        Default 1.
 
     Raises:
       ValueError: at ``init``, if a pattern matches no prunable path.
@@ -261,9 +287,10 @@ class PerPath:
         tensors: Sequence[Tensor],
         scores: Sequence[jax.Array],
         kept: Sequence[jax.Array] | None,
+        hint: jax.Array | None = None,
     ) -> tuple[jax.Array, None]:
         """Rounds ``sparsity * size`` in every segment, each with its own sparsity."""
-        del scores, kept
+        del scores, kept, hint
         progress = target.progress
         if isinstance(target.sparsity, int | float):
             progress = progress if target.sparsity else 0.0
@@ -278,6 +305,11 @@ class PerPath:
             counts.append(drop_count(level, counting.sizes([tensor])))
         sizes = counting.sizes(tensors)
         return jnp.minimum(jnp.concatenate(counts), _most(sizes, self)), None
+
+    def final(self, name: str, sparsity: Any) -> Any:
+        """What the rule for a path ends at; without one, the overall sparsity."""
+        rule = self._rule(name)
+        return sparsity if rule is None else self._pairs[rule][1]
 
     @property
     def _pairs(self) -> tuple[tuple[str, float], ...]:
@@ -394,16 +426,47 @@ def _check_countable(tensors: Sequence[Tensor]) -> None:
             )
 
 
+def window_drop(
+    allocation: Allocation, target: Target, name: str, window: int
+) -> jax.Array:
+    """How many of every ``window`` weights of a tensor are to go. Shape ``()``, int32.
+
+    By the rule that ``PerPath`` has for it, else ``round(sparsity * window)``.
+    """
+    chosen = allocation if isinstance(allocation, PerPath) else Uniform()
+    chosen = dataclasses.replace(chosen, min_keep=0)
+    return chosen.n_drop(target, [Tensor(name, (window,))], [], None)[0][0]
+
+
+def rule_of(allocation: Allocation, name: str, sparsity: Any) -> Any:
+    """The sparsity that a rule of ``PerPath`` ends at, else the overall one."""
+    if isinstance(allocation, PerPath):
+        return allocation.final(name, sparsity)
+    return sparsity
+
+
+def _weights_each(tensors: Sequence[Tensor]) -> np.ndarray:
+    """What one of every segment counts for, in the largest unit common to all.
+
+    1, unless groups of different size are ranked. Shape ``(segments,)``.
+    """
+    members = [math.prod(t.block) for t in tensors]
+    return np.repeat(members, [t.segments for t in tensors]) // math.gcd(*members)
+
+
 def _raw_density(tensor: Tensor) -> float:
-    dims = tensor.shape[tensor.stacked :]
-    return sum(dims) / max(tensor.size, 1)
+    dims = np.multiply(tensor.shape, tensor.block or 1)[tensor.stacked :]
+    return float(sum(dims) / max(math.prod(dims.tolist()), 1))
 
 
-def _pour(amount: jax.Array, level: jax.Array, limit: Any) -> jax.Array:
-    """Raises ``level`` towards ``limit`` from the front, by ``amount`` in total."""
+def _pour(amount: jax.Array, level: jax.Array, limit: Any, each: Any) -> jax.Array:
+    """Raises ``level`` towards ``limit`` from the front, by ``amount`` in total.
+
+    Every unit of it counts for ``each``; what is left over of one is not poured.
+    """
     room = limit - level
-    before = jnp.cumsum(room) - room
-    return level + jnp.clip(amount - before, 0, room).astype(level.dtype)
+    before = jnp.cumsum(room * each) - room * each
+    return level + jnp.clip((amount - before) // each, 0, room).astype(level.dtype)
 
 
 def _most(sizes: np.ndarray, allocation: Any) -> np.ndarray:

@@ -21,6 +21,7 @@ CANDIDATES = 3  # per pass: what a TPU counts in the time it takes to read the s
 MAX_COUNT = 2**31 - 1
 _LARGEST_SUBNORMAL = 0x007FFFFF
 TOP_KEY = 0x7F800000 - _LARGEST_SUBNORMAL + 1  # one above the key of +inf
+NO_KEY = -TOP_KEY  # one below the key of -inf
 
 # One int32 vector, or float32 for keys, with an entry per segment for each candidate.
 Candidates = tuple[jax.Array, ...]
@@ -34,12 +35,15 @@ class Tensor:
       name: its ``/``-joined path.
       shape: its shape, on each device of ``axes``.
       stacked: number of leading axes whose slices are ranked separately.
+      block: where groups of weights are ranked, how many of them a group spans along
+        each axis; else ``()``.
       axes: manual mesh axes (of ``shard_map`` or ``pmap``) that it is split over.
     """
 
     name: str
     shape: tuple[int, ...]
     stacked: int = 0
+    block: tuple[int, ...] = ()
     axes: tuple[str, ...] = ()
 
     @property

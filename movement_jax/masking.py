@@ -8,8 +8,14 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from movement_jax import counting, position, schedules, selection
-from movement_jax.state import MovementState, tensors_of
+from movement_jax import allocation as _allocation
+from movement_jax import counting, grouping, position, schedules, selection
+from movement_jax import structure as _structure
+from movement_jax.counting import Tensor
+from movement_jax.state import MovementState, PruningConfig, tensors_of
+from movement_jax.structure import NM
+
+_ROUNDING = 1e-6  # of a third, written down
 
 
 def on_schedule(
@@ -51,24 +57,25 @@ def on_schedule(
     if not regrow:
         changes &= ~(asked <= state.sparsity)
 
-    starts = counting.segment_starts(tensors_of(state), state.step >> 31)
+    groups = _structure.ranked_groups(state.config.structure, tensors_of(state))
+    starts = counting.segment_starts(groups, state.step >> 31)
 
     def change(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        _, masks, churn, alive = carry
-        new = change_masks(state._replace(masks=masks), weights, target, starts)
+        _, masks, thresholds, churn, alive = carry
+        before = state._replace(masks=masks, thresholds=thresholds)
+        new, thresholds = change_masks(before, weights, target, starts)
         if seen_alive is None:
             churn = _churn(masks, new, state.config.axis_name)
         else:
             now = position.total(new, weights, state.config.axis_name)
             alive = position.after_change(alive, seen_alive, now)
-        return jnp.bool_(False), new, churn, alive
+        return jnp.bool_(False), new, thresholds, churn, alive
 
     # A loop of zero or one trips: its carry is aliased, so that steps which do not
     # prune touch neither masks nor scores. A conditional copies both.
-    _, masks, churn, alive = lax.while_loop(
-        lambda carry: carry[0],
-        change,
-        (changes & valid, state.masks, state.events.churn, state.events.alive),
+    carry = (state.masks, state.thresholds, state.events.churn, state.events.alive)
+    _, masks, thresholds, churn, alive = lax.while_loop(
+        lambda carry: carry[0], change, (changes & valid, *carry)
     )
     done = (changes & valid).astype(jnp.int32)
     events = state.events._replace(
@@ -78,7 +85,9 @@ def on_schedule(
         alive=alive,
     )
     reached = jnp.where(changes & valid, asked, state.sparsity)
-    return state._replace(masks=masks, sparsity=reached, events=events)
+    return state._replace(
+        masks=masks, thresholds=thresholds, sparsity=reached, events=events
+    )
 
 
 def change_masks(
@@ -86,7 +95,7 @@ def change_masks(
     weights: Any,
     target: schedules.Target,
     starts: Sequence[jax.Array] | None = None,
-) -> Any:
+) -> tuple[Any, jax.Array]:
     """Masks at the given sparsity, from the scores in ``state``.
 
     Args:
@@ -96,7 +105,7 @@ def change_masks(
       starts: as for :func:`movement_jax.selection.keep_masks`.
 
     Returns:
-      New masks, like ``state.masks``.
+      New masks and thresholds, like those of ``state``.
     """
     scores = state.config.criterion.scores(state.scores, weights)
     kept = None if state.config.regrow else state.masks
@@ -109,32 +118,107 @@ def masks_from(
     target: schedules.Target,
     kept: Any = None,
     starts: Sequence[jax.Array] | None = None,
-) -> Any:
+) -> tuple[Any, jax.Array]:
     """Masks of the highest of any scores, spread as ``state`` is configured to.
 
     Args:
       scores: tree like ``state.masks``.
-      state: gives the allocation and the stacked paths.
+      state: gives the allocation, the structure, the stacked paths, and the thresholds
+        to search around first.
       target: fraction to drop, and how far a schedule has come.
       kept: masks that may only shrink, or None.
       starts: as for :func:`movement_jax.selection.keep_masks`.
 
     Returns:
-      New masks, like ``state.masks``.
+      New masks and thresholds, like those of ``state``.
     """
-    tensors = tensors_of(state)
-    if not tensors:
-        return state.masks
+    if not jax.tree.leaves(state.masks):
+        return state.masks, state.thresholds
     structure = jax.tree.structure(state.masks)
     leaves = structure.flatten_up_to(scores)
     old = None if kept is None else structure.flatten_up_to(kept)
-    n_drop, hint = state.config.allocation.n_drop(target, tensors, leaves, old)
-    new = selection.keep_masks(
-        leaves, tensors, n_drop, kept=old, hint=hint, starts=starts
-    )
+    new, thresholds = _masks_from(leaves, state, target, old, starts)
     if old is not None:
         new = [a & b for a, b in zip(new, old)]
-    return structure.unflatten(new)
+    return structure.unflatten(new), thresholds
+
+
+def _masks_from(
+    scores: list[jax.Array],
+    state: MovementState,
+    target: schedules.Target,
+    kept: list[jax.Array] | None,
+    starts: Sequence[jax.Array] | None,
+) -> tuple[list[jax.Array], jax.Array]:
+    """Windows by themselves; all else as groups, ranked by the allocation's counts."""
+    config, masks = state.config, {}
+    ranked, groups, worth = [], [], []
+    alive: list[jax.Array] | None = None if kept is None else []
+    for i, (x, tensor) in enumerate(zip(scores, tensors_of(state))):
+        own, old = _structure.structure_of(config.structure, tensor.name), None
+        if kept is not None:
+            old = kept[i]
+        if isinstance(own, NM):
+            n_drop = _allocation.window_drop(
+                config.allocation, target, tensor.name, own.m
+            )
+            masks[i] = own.keep(x, tensor, n_drop, old)
+            continue
+        block = own.block(tensor)
+        ranked.append((i, block))
+        groups.append(_structure.groups_of(own, tensor))
+        worth.append(grouping.group_scores(x, block, own.reduce))
+        if alive is not None and old is not None:
+            alive.append(grouping.group_any(old, block))
+    thresholds = state.thresholds
+    if ranked:
+        n_drop, common = config.allocation.n_drop(
+            target, groups, worth, alive, thresholds
+        )
+        tops, thresholds = selection.keep_masks(
+            worth,
+            groups,
+            n_drop,
+            kept=alive,
+            hint=thresholds if common is None else common,
+            starts=starts,
+        )
+        for (i, block), top in zip(ranked, tops):
+            masks[i] = grouping.spread(top, block, scores[i])
+    return [masks[i] for i in range(len(scores))], thresholds
+
+
+def check_reach(
+    config: PruningConfig, tensors: list[Tensor] | None, sparsity: Any
+) -> None:
+    """Refuses a sparsity, if it is a number, that N:M patterns cannot reach.
+
+    Args:
+      config: gives the structure, and the rules of an allocation.
+      tensors: what is to be pruned; None while that is not known.
+      sparsity: asked for overall.
+    """
+    if tensors is None:
+        if isinstance(config.structure, NM) and not isinstance(
+            config.allocation, _allocation.PerPath
+        ):
+            _check_reach(config.structure, sparsity, "every tensor")
+        return
+    for tensor in tensors:
+        own = _structure.structure_of(config.structure, tensor.name)
+        if isinstance(own, NM):
+            level = _allocation.rule_of(config.allocation, tensor.name, sparsity)
+            _check_reach(own, level, repr(tensor.name))
+
+
+def _check_reach(own: NM, level: Any, where: str) -> None:
+    if isinstance(level, int | float) and level > own.most + _ROUNDING:
+        raise ValueError(
+            f"`structure`=NM({own.n}, {own.m}) drops at most {own.most:.6g} of "
+            f"{where}, and `sparsity` asks for {level:g}. Lower it, keep fewer of "
+            f"every {own.m}, or give these tensors a sparsity of their own with "
+            f"`allocation=PerPath({{'pattern': {own.most:.6g}}})`."
+        )
 
 
 def check_emptying(allocation: Any) -> None:

@@ -38,7 +38,8 @@ def prune(state: TrainStateT, sparsity: jax.typing.ArrayLike) -> TrainStateT:
 
     Raises:
       ValueError: if there is no pruning state in the optimizer state or more than one,
-        nothing has been scored yet, or ``sparsity`` is out of range.
+        nothing has been scored yet, or ``sparsity`` is out of range or beyond what
+        an N:M pattern reaches.
 
     Examples:
       >>> import jax.numpy as jnp, optax, movement_jax as mj
@@ -72,10 +73,10 @@ def prune(state: TrainStateT, sparsity: jax.typing.ArrayLike) -> TrainStateT:
     weights = _tree.punch(found.masks, params, "params")
     asked = jnp.asarray(sparsity, jnp.float32)
     accepted = scored & (asked >= 0) & (asked <= 1)
-    masks = jax.tree.map(
+    masks, thresholds = jax.tree.map(
         lambda new, old: jnp.where(accepted, new, old),
         masking.change_masks(found, weights, schedules.Target(sparsity)),
-        found.masks,
+        (found.masks, found.thresholds),
     )
     if not found.config.regrow:
         params = apply_masks(params, masks)
@@ -85,7 +86,10 @@ def prune(state: TrainStateT, sparsity: jax.typing.ArrayLike) -> TrainStateT:
         changes=found.events.changes + accepted.astype(jnp.int32),
     )
     new = found._replace(
-        masks=masks, sparsity=jnp.where(accepted, asked, found.sparsity), events=events
+        masks=masks,
+        thresholds=thresholds,
+        sparsity=jnp.where(accepted, asked, found.sparsity),
+        events=events,
     )
     return rebuild(params, _state.replace_state(opt_state, new))
 
@@ -306,6 +310,7 @@ def _checked(sparsity: Any, found: MovementState) -> Any:
             return sparsity.astype(jnp.promote_types(sparsity.dtype, jnp.float32))
         sparsity = float(sparsity)
     schedules.check_sparsity("sparsity", sparsity)
+    masking.check_reach(found.config, _state.tensors_of(found), sparsity)
     if sparsity == 1:
         masking.check_emptying(found.config.allocation)
     return sparsity

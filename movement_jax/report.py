@@ -17,11 +17,13 @@ import numpy as np
 
 from movement_jax import counting, schedules, wide
 from movement_jax import state as _state
+from movement_jax import structure as _structure
 from movement_jax import tree as _tree
-from movement_jax.allocation import ErdosRenyi, PerPath, Uniform
+from movement_jax.allocation import ErdosRenyi, PerPath, Uniform, window_drop
 from movement_jax.counting import Tensor
 from movement_jax.prune import unpack
 from movement_jax.state import MovementState
+from movement_jax.structure import NM, Unstructured
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -126,7 +128,8 @@ def summary(state: Any) -> Summary:
     counted one by one and summed.
 
     With ``PerPath``, what is asked of a tensor is what its rule asks in the end,
-    also while a schedule rises; with ``Global`` it is asked of the total alone.
+    also while a schedule rises; with ``Global`` it is asked of the total alone. With a
+    structure, what is asked is rounded to whole groups, and to what N:M patterns reach.
 
     Args:
       state: a train state or a pair, as for :func:`movement_jax.prune`.
@@ -207,18 +210,28 @@ def scores_of(found: MovementState, weights: Any) -> Any:
 
 def asked_of(found: MovementState, tensors: list[Tensor]) -> list[float | None]:
     """Sparsity asked of every tensor, as far as it does not hang on the scores."""
-    level = scalar(found.sparsity)
-    allocation = found.config.allocation
-    if isinstance(allocation, Uniform) or level == 0:
-        return [level] * len(tensors)
-    if not isinstance(allocation, ErdosRenyi | PerPath):
-        return [None] * len(tensors)
-    n_drop, _ = allocation.n_drop(schedules.Target(level), tensors, [], None)
-    ends = np.cumsum([t.segments for t in tensors])
-    counts = np.split(np.asarray(n_drop, np.int64), ends[:-1])
-    return [
-        float(count.sum()) / math.prod(t.shape) for count, t in zip(counts, tensors)
-    ]
+    level, allocation = scalar(found.sparsity), found.config.allocation
+    target = schedules.Target(level)
+    asked: list[float | None] = [None] * len(tensors)
+    groups = {}
+    for i, tensor in enumerate(tensors):
+        own = _structure.structure_of(found.config.structure, tensor.name)
+        if level == 0:
+            asked[i] = level
+        elif isinstance(own, NM):
+            drop = window_drop(allocation, target, tensor.name, own.m)
+            asked[i] = own.dropped(tensor, int(drop))
+        elif isinstance(allocation, Uniform) and isinstance(own, Unstructured):
+            asked[i] = level
+        else:
+            groups[i] = _structure.groups_of(own, tensor)
+    if groups and isinstance(allocation, Uniform | ErdosRenyi | PerPath):
+        n_drop, _ = allocation.n_drop(target, list(groups.values()), [], None)
+        ends = np.cumsum([group.segments for group in groups.values()])
+        counts = np.split(np.asarray(n_drop, np.int64), ends[:-1])
+        for (i, group), drops in zip(groups.items(), counts):
+            asked[i] = float(drops.sum()) / math.prod(group.shape)
+    return asked
 
 
 @functools.partial(jax.jit, static_argnames="lead")
@@ -297,8 +310,11 @@ def _total(
         return sum(getattr(row, field) or 0 for row in rows)
 
     size, kept = add("size"), add("kept")
-    if isinstance(found.config.allocation, PerPath):
-        asked = sum((row.asked or 0) * row.size for row in rows) / max(size, 1)
+    structured = found.config.structure != Unstructured()
+    if structured or isinstance(found.config.allocation, PerPath):
+        # What hangs on the scores is asked together, at the overall sparsity.
+        each = [asked if row.asked is None else row.asked for row in rows]
+        asked = sum(a * row.size for a, row in zip(each, rows)) / max(size, 1)
     return TensorSummary(
         name="total",
         shape=(),

@@ -11,12 +11,14 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from movement_jax import wide
 from movement_jax.counting import (
     CANDIDATES,
     MAX_COUNT,
+    NO_KEY,
     TOP_KEY,
     Candidates,
     Ranked,
@@ -34,7 +36,6 @@ _SEARCHING, _TIES, _DONE = 0, 1, 2
 # Around a key from an earlier search, in steps of the key axis: the same, then within
 # 0.003 %, 0.2 % and 12 %, before it is forgotten.
 _REACH = (1, 2**8, 2**14, 2**20)
-_NO_HINT = -TOP_KEY
 
 
 def keep_top(scores: jax.Array, n_keep: jax.typing.ArrayLike) -> jax.Array:
@@ -76,7 +77,7 @@ def keep_top(scores: jax.Array, n_keep: jax.typing.ArrayLike) -> jax.Array:
         n_keep = min(max(n_keep, 0), scores.size)
     n_keep = jnp.clip(jnp.asarray(n_keep, jnp.int32), 0, scores.size)
     tensor = Tensor("scores", scores.shape)
-    return keep_masks([scores], [tensor], (scores.size - n_keep)[None])[0]
+    return keep_masks([scores], [tensor], (scores.size - n_keep)[None])[0][0]
 
 
 def keep_masks(
@@ -87,7 +88,7 @@ def keep_masks(
     kept: Sequence[jax.Array] | None = None,
     hint: jax.Array | None = None,
     starts: Sequence[jax.Array] | None = None,
-) -> list[jax.Array]:
+) -> tuple[list[jax.Array], jax.Array]:
     """Masks that drop the lowest scores of every segment.
 
     Args:
@@ -99,12 +100,12 @@ def keep_masks(
       starts: from :func:`segment_starts`, made outside of the loop this is called in.
 
     Returns:
-      One bool mask per tensor, True where kept.
+      One bool mask per tensor, True where kept, and the keys of the thresholds.
     """
     n_drop = jnp.asarray(n_drop, jnp.int32)
     size = jnp.asarray(sizes(tensors), jnp.int32)
     if hint is None:
-        hint = jnp.int32(_NO_HINT)
+        hint = jnp.int32(NO_KEY)
     if starts is None:
         starts = segment_starts(tensors, _zero(n_drop))
     ranked = Ranked(scores, kept, tensors, starts)
@@ -117,7 +118,7 @@ def keep_masks(
     end = lax.while_loop(
         lambda carry: jnp.any(carry.phase != _DONE), body, _start(n_drop, size, hint)
     )
-    return masks(ranked, end.below, end.at, size - end.high)
+    return masks(ranked, end.below, end.at, size - end.high), end.at
 
 
 def common_threshold(
@@ -127,6 +128,8 @@ def common_threshold(
     *,
     most: jax.Array,
     kept: Sequence[jax.Array] | None = None,
+    hint: jax.Array | None = None,
+    each: np.ndarray | int = 1,
 ) -> tuple[jax.Array, jax.Array]:
     """Splits one count over all segments by a threshold they share.
 
@@ -136,40 +139,45 @@ def common_threshold(
       n_drop: how many to drop in total.
       most: the most that may be dropped in each segment. Shape ``(segments,)``, int32.
       kept: masks so far; what they drop ranks below everything.
+      hint: key to search around first. Shape ``()``, int32.
+      each: what one score of each segment counts for in ``n_drop``.
 
     Returns:
       How many each segment drops, shape ``(segments,)``, and the threshold's key. Of
       scores equal to the threshold, those of earlier segments are kept.
     """
-    most = jnp.asarray(most, jnp.int32)
-    nothing, uncut = jnp.full_like(most, -TOP_KEY), jnp.zeros_like(most)
+    weigh = np.broadcast_to(np.asarray(each, np.int32), most.shape)
+    most = jnp.asarray(most, jnp.int32) * weigh
+    nothing, uncut = jnp.full_like(most, NO_KEY), jnp.zeros_like(most)
     starts = segment_starts(tensors, _zero(most))
     ranked = Ranked(scores, kept, tensors, starts)
+    hint = jnp.int32(NO_KEY) if hint is None else hint
 
     def body(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        low, high, count_low, count_high = carry
-        tries = split(low, high)
+        low, high, count_low, count_high, passes = carry
+        tries = _tries(low, high, hint, passes)
         at = tuple(jnp.broadcast_to(key, most.shape) for key in tries)
         counts = count(ranked, nothing, at, (uncut,) * CANDIDATES)
         for key, n in zip(tries, counts):
-            n = jnp.minimum(n, most)
+            n = jnp.minimum(n * weigh, most)
             enough = wide.at_least(wide.total(n), n_drop)
             raises, lowers = ~enough & (key > low), enough & (key < high)
             low = jnp.where(raises, key, low)
             count_low = jnp.where(raises, n, count_low)
             high = jnp.where(lowers, key, high)
             count_high = jnp.where(lowers, n, count_high)
-        return low, high, count_low, count_high
+        return low, high, count_low, count_high, passes + 1
 
-    start = jnp.int32(-TOP_KEY), jnp.int32(TOP_KEY), jnp.zeros_like(most), most
-    _, high, count_low, count_high = lax.while_loop(
+    ends = jnp.int32(NO_KEY), jnp.int32(TOP_KEY)
+    start = (*ends, jnp.zeros_like(most), most, jnp.int32(0))
+    _, high, count_low, count_high, _ = lax.while_loop(
         lambda carry: distance(carry[0], carry[1]) > 1, body, start
     )
     ties = count_high - count_low
     missing = wide.minus(n_drop, wide.total(count_low))
     quota = wide.clipped(wide.minus(missing, wide.sums_after(ties)), ties)
     anything = wide.at_least(n_drop, wide.from_int(1))
-    return jnp.where(anything, count_low + quota, 0), high
+    return jnp.where(anything, (count_low + quota) // weigh, 0), high
 
 
 # One search per segment, all in one loop: every field has one entry per segment, but
@@ -188,7 +196,7 @@ class _Search:
 
 
 def _start(n_drop: jax.Array, size: jax.Array, hint: jax.Array) -> _Search:
-    lowest = jnp.full_like(n_drop, -TOP_KEY)
+    lowest = jnp.full_like(n_drop, NO_KEY)
     nothing = n_drop <= 0
     return _Search(
         phase=jnp.where(nothing, _DONE, _SEARCHING).astype(jnp.int32),
@@ -206,21 +214,23 @@ def _candidates(
 ) -> tuple[Candidates, Candidates, Candidates]:
     """What to try next; as keys and as index cuts to count at."""
     searching = carry.phase == _SEARCHING
-    # Until the threshold is known to lie on both sides of some key.
-    unknown = (carry.low == -TOP_KEY) | (carry.high == TOP_KEY)
-    hinted = searching & unknown & (carry.hint > _NO_HINT)
-    hinted &= carry.passes < len(_REACH)
-    reach = jnp.asarray(_REACH, jnp.int32)[jnp.minimum(carry.passes, len(_REACH) - 1)]
-    # Short of `high`: beyond +inf nothing would be counted, and the search not end.
-    around = [
-        jnp.clip(carry.hint + step * reach, carry.low, carry.high - 1)
-        for step in (-1, 0, 1)
-    ]
-    parts = split(carry.low, carry.high)
-    tries = tuple(jnp.where(hinted, a, p) for a, p in zip(around, parts))
+    hint = jnp.where(searching, carry.hint, NO_KEY)
+    tries = _tries(carry.low, carry.high, hint, carry.passes)
     at = tuple(jnp.where(searching, key, carry.at) for key in tries)
     cut = tuple(jnp.where(searching, 0, size - n) for n in tries)
     return tries, at, cut
+
+
+def _tries(
+    low: jax.Array, high: jax.Array, hint: jax.Array, passes: jax.Array
+) -> Candidates:
+    """Values to count at: ever further around the hint, until the interval is split."""
+    unknown = (low == NO_KEY) | (high == TOP_KEY)
+    hinted = unknown & (hint > NO_KEY) & (passes < len(_REACH))
+    reach = jnp.asarray(_REACH, jnp.int32)[jnp.minimum(passes, len(_REACH) - 1)]
+    # Short of `high`: beyond +inf nothing would be counted, and the search not end.
+    around = [jnp.clip(hint + step * reach, low, high - 1) for step in (-1, 0, 1)]
+    return tuple(jnp.where(hinted, a, p) for a, p in zip(around, split(low, high)))
 
 
 def _narrow(

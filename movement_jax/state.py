@@ -10,6 +10,7 @@ from movement_jax import counting
 from movement_jax import tree as _tree
 from movement_jax.allocation import Allocation
 from movement_jax.criteria import Criterion
+from movement_jax.structure import Rules, Structure, Unstructured
 
 # These optimizers evaluate the model at other weights than those they step from.
 _OTHER_PARAMS = {"ScheduleFreeState": "schedule_free", "MechanicState": "mechanize"}
@@ -29,6 +30,8 @@ class PruningConfig:
       regrow: whether pruned weights keep their dense value and may come back.
       stacked: regular expression for paths whose leading axis indexes layers.
       prunable: the regular expression that selected the tensors, if one was given.
+      structure: what is kept or dropped together; pairs of pattern and structure if it
+        was given as a mapping.
       finalized: whether :func:`movement_jax.finalize` has fixed the masks.
       axis_name: manual mesh axes that tensors are split over.
     """
@@ -40,6 +43,7 @@ class PruningConfig:
     prunable: str | None = None
     finalized: bool = False
     axis_name: tuple[str, ...] = ()
+    structure: Structure | Rules = Unstructured()
 
 
 class Events(NamedTuple):
@@ -94,6 +98,8 @@ class MovementState(NamedTuple):
       step: optimizer steps scored so far; bad steps do not count. Shape ``()``, int32.
       scores: state of the criterion; for most, a tree like params in float32.
       masks: True where a weight is kept. Like params, bool.
+      thresholds: where each ranking found its threshold, for the next one to start
+        from; keys of :mod:`movement_jax.counting`. Shape ``(rankings,)``, int32.
       sparsity: fraction asked for at the last mask change. Shape ``()``, float32.
       events: what happened along the way.
       tracked: extra measurements.
@@ -104,6 +110,7 @@ class MovementState(NamedTuple):
     step: jax.Array
     scores: Any
     masks: Any
+    thresholds: jax.Array
     sparsity: jax.Array
     events: Events
     tracked: Tracked
@@ -184,7 +191,7 @@ def tensors_in(
             name,
             tuple(leaf.shape),
             int(stacked is not None and re.search(stacked, name) is not None),
-            counting.split_axes(leaf, axis_name),
+            axes=counting.split_axes(leaf, axis_name),
         )
         for name, leaf in _tree.named_leaves(tree)
     ]

@@ -1,6 +1,7 @@
 """The optax transformation: how a training step scores weights and keeps masks true."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import optax
 
 from movement_jax import counting, masking, position, schedules, scoring
+from movement_jax import structure as _structure
 from movement_jax import tree as _tree
 from movement_jax.allocation import Allocation, Uniform
 from movement_jax.criteria import Criterion, EmaMagnitude
@@ -18,6 +20,7 @@ from movement_jax.state import (
     PruningConfig,
     tensors_in,
 )
+from movement_jax.structure import Structure, Unstructured
 
 
 def movement_pruning(
@@ -25,6 +28,7 @@ def movement_pruning(
     criterion: Criterion = EmaMagnitude(),
     *,
     allocation: Allocation = Uniform(),
+    structure: Structure | Mapping[str, Structure] = Unstructured(),
     prunable: Any = None,
     stacked: str | None = None,
     regrow: bool = False,
@@ -58,6 +62,11 @@ def movement_pruning(
         :class:`movement_jax.Stepwise` to change masks every few steps only).
       criterion: what a weight is worth.
       allocation: how the target is spread over tensors.
+      structure: what is kept or dropped together: single weights,
+        :class:`movement_jax.Block`, :class:`movement_jax.Axis` or
+        :class:`movement_jax.NM`, or a mapping of regular expressions to these. The
+        first that is found in the ``/``-joined path wins; where none is, weights are
+        single. Sparsity then counts the groups of each tensor.
       prunable: which leaves: None for kernels and weight matrices, a regular
         expression searched for in the ``/``-joined path, or a tree of bools like
         params or a prefix of it.
@@ -85,7 +94,8 @@ def movement_pruning(
 
     Raises:
       ValueError: if the criterion needs gradients and there is no ``inner``, if
-        ``sparsity`` is out of range, or, at ``init``, if nothing is prunable.
+        ``sparsity`` is out of range or beyond what an N:M pattern reaches, or, at
+        ``init``, if nothing is prunable or the structure does not fit a tensor.
 
     Examples:
       >>> import jax.numpy as jnp, optax, movement_jax as mj
@@ -102,6 +112,11 @@ def movement_pruning(
       `arXiv:2005.07683 <https://arxiv.org/abs/2005.07683>`_
     """
     _check_arguments(sparsity, criterion, allocation, inner)
+    if axis_name and structure != Unstructured():
+        raise ValueError(
+            "A `structure` groups weights of whole tensors, which `axis_name` splits. "
+            "Use one of them, or `jit` with sharded params, which needs no `axis_name`."
+        )
     if axis_name and track_noise:
         raise ValueError(
             "`track_noise` averages over whole tensors, which `axis_name` splits. Use "
@@ -114,19 +129,29 @@ def movement_pruning(
         stacked=stacked,
         prunable=prunable if isinstance(prunable, str) else None,
         axis_name=(axis_name,) if isinstance(axis_name, str) else axis_name or (),
+        structure=_structure.checked(structure),
     )
+    highest = _highest(sparsity)
+    masking.check_reach(config, None, highest)
     wrapped = optax.with_extra_args_support(inner or optax.identity())
 
     # optax's own type of a state has no place for the static `config`: hence Any.
     def init_fn(params: optax.Params) -> Any:
-        weights = _tree.select(params, prunable)
+        weights, groups = _tree.select(params, prunable), []
         if jax.tree.leaves(weights):
             _check_stacked(stacked, weights)
-            allocation.check(tensors_in(weights, stacked, config.axis_name))
+            tensors = tensors_in(weights, stacked, config.axis_name)
+            allocation.check(tensors)
+            _structure.check(config.structure, tensors)
+            masking.check_reach(config, tensors, highest)
+            groups = _structure.ranked_groups(config.structure, tensors)
         return MovementState(
             step=jnp.zeros([], jnp.int32),
             scores=criterion.init(weights),
             masks=jax.tree.map(lambda w: jnp.ones_like(w, dtype=bool), weights),
+            thresholds=jnp.full(
+                sum(group.segments for group in groups), counting.NO_KEY, jnp.int32
+            ),
             sparsity=jnp.zeros([], jnp.float32),
             events=Events(
                 skipped=jnp.zeros([], jnp.int32),
@@ -263,6 +288,14 @@ def _check_arguments(
             "chain does not see. Wrap the optimizer instead: "
             f"`movement_pruning(sparsity, {name}(), inner=optax.adamw(...))`."
         )
+
+
+def _highest(sparsity: Any) -> Any:
+    """The sparsity that is asked for in the end, a number as far as that is known."""
+    final = getattr(sparsity, "final", getattr(sparsity, "schedule", sparsity))
+    if _is_array(final) and not isinstance(final, jax.core.Tracer):
+        return np.asarray(final).item()
+    return final
 
 
 def _check_stacked(stacked: str | None, weights: Any) -> None:

@@ -74,7 +74,7 @@ def test_the_highest_scores_are_kept_and_ties_settled_by_index(scores, part):
 @functools.partial(jax.jit, static_argnames="stacked")
 def drop_in_slices(scores, n_drop, hint, stacked):
     tensor = Tensor("scores", scores.shape, stacked)
-    return selection.keep_masks([scores], [tensor], n_drop, hint=hint)[0]
+    return selection.keep_masks([scores], [tensor], n_drop, hint=hint)[0][0]
 
 
 @settings(max_examples=300)
@@ -108,7 +108,7 @@ def test_a_wrong_hint_changes_no_mask(scores, part, hint):
 @jax.jit
 def drop_more(scores, kept, n_drop):
     tensor = Tensor("scores", scores.shape)
-    return selection.keep_masks([scores], [tensor], n_drop, kept=[kept])[0] & kept
+    return selection.keep_masks([scores], [tensor], n_drop, kept=[kept])[0][0] & kept
 
 
 @settings(max_examples=300)
@@ -133,7 +133,7 @@ def test_a_score_of_minus_infinity_does_not_take_the_place_of_a_dropped_one():
 def drop_globally(scores, n_drop, most):
     n_drop = wide.total(n_drop[None])
     counts, hint = selection.common_threshold(scores, TENSORS, n_drop, most=most)
-    return counts, selection.keep_masks(scores, TENSORS, counts, hint=hint)
+    return counts, selection.keep_masks(scores, TENSORS, counts, hint=hint)[0]
 
 
 def global_oracle(segments, n_drop, most):

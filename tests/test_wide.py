@@ -72,7 +72,7 @@ def test_slices_of_one_tensor_under_a_common_threshold_are_ranked_as_a_whole(
     rng = np.random.default_rng(0)
     scores = jnp.asarray(rng.integers(0, 5, (4, 5, 6)), jnp.float32)
     n_drop, hint = Global().n_drop(Target(0.55), [tensor], [scores], None)
-    (mask,) = selection.keep_masks([scores], [tensor], n_drop, hint=hint)
+    (mask,), _ = selection.keep_masks([scores], [tensor], n_drop, hint=hint)
     order = np.lexsort((-np.arange(120), np.asarray(scores).ravel()))
     expected = np.ones(120, bool)
     expected[order[:66]] = False
