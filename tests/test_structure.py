@@ -737,15 +737,13 @@ PLACED = {
     "columns/kernel": ((16, 32), P("x", "y")),
     "cut/kernel": ((20, 36), P("x", "y")),  # devices end within blocks
     "layers/kernel": ((4, 8, 24), P("x", None, "y")),
-    "rows/kernel": ((64, 8), P(("x", "y"))),
     "windows/kernel": ((32, 16), P("x", "y")),
     "windows_cut/kernel": ((12, 10), P("x", "y")),
 }
 PLACED_STRUCTURE = {
     "columns": mj.Axis(-1),
-    "cut": mj.Block((3, 5)),
+    "cut": mj.Block((3, 4)),
     "layers": mj.Block((4, 4)),
-    "rows": mj.Axis(-2),
     "windows": mj.NM(2, 4),
 }
 
