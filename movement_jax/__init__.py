@@ -23,6 +23,7 @@ from movement_jax.prune import (
     sparsity_of,
 )
 from movement_jax.report import Summary, TensorSummary, summary
+from movement_jax.rounding import RoundedScores
 from movement_jax.schedules import Polynomial, Stepwise, cubic, linear, one_shot
 from movement_jax.selection import Tensor, keep_top
 from movement_jax.state import Events, MovementState, PruningConfig, Tracked, find_state
@@ -49,6 +50,7 @@ __all__ = [
     "Polynomial",
     "PruningConfig",
     "Random",
+    "RoundedScores",
     "Stepwise",
     "Summary",
     "Taylor",

@@ -164,6 +164,7 @@ def movement_pruning(
         if state.config.finalized:
             return position.project(state, updates, params), state
 
+        state = scoring.score_now_and_then(state, weights, finite)
         if not state.config.regrow:
             state = position.look(state, weights)
             state = masking.on_schedule(state, weights, sparsity, finite)
@@ -244,12 +245,19 @@ def _check_arguments(
             f"`inner` must be an optax optimizer, got {inner!r}. For example "
             "`movement_pruning(..., inner=optax.adamw(3e-4))`."
         )
-    if inner is None and getattr(criterion, "needs_gradients", False):
-        name = type(criterion).__name__
+    name = type(criterion).__name__
+    needs_gradients = getattr(criterion, "needs_gradients", False)
+    if inner is None and needs_gradients:
         raise ValueError(
             f"`{name}` needs the raw gradients, which a transformation at the end of a "
             "chain does not see. Wrap the optimizer instead: "
             f"`movement_pruning(sparsity, {name}(), inner=optax.adamw(...))`."
+        )
+
+    if needs_gradients and scoring.score_every(criterion) != 1:
+        raise ValueError(
+            f"`{name}` needs the gradient of every step, each of which tells another "
+            "thing, and takes no `score_every`. `EmaMagnitude(score_every=10)` does."
         )
 
 
