@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import lax
 
 DTYPES = ("float32", "bfloat16")
@@ -87,7 +86,7 @@ def update(rule: Callable[..., jax.Array], scores: Any, *trees: Any) -> Any:
         return round_in_turn(new, scores.updates)
 
     values = jax.tree.map(rounded, scores.values, *trees)
-    return RoundedScores(values, optax.safe_increment(scores.updates))
+    return RoundedScores(values, scores.updates + 1)
 
 
 def round_in_turn(x: jax.Array, turn: jax.Array) -> jax.Array:
