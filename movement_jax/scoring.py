@@ -13,10 +13,10 @@ from movement_jax.state import MovementState, Tracked
 _NOISE_DECAY = 0.9  # for criteria that have no memory of their own
 
 
-def score_now_and_then(
+def score_entering(
     state: MovementState, weights: Any, finite: jax.Array
 ) -> MovementState:
-    """Scores the weights as they enter a step, if it is one of every so many.
+    """Scores the weights as they enter a step, if those that leave it are not to be.
 
     Args:
       state: before its masks change in this step.
@@ -24,12 +24,17 @@ def score_now_and_then(
       finite: whether the step is a good one. Shape ``()``, bool.
 
     Returns:
-      ``state`` with new scores at the first step and every ``score_every``-th, if its
-      criterion is one that does not look at every step.
+      ``state`` with new scores at the first step and every ``score_every``-th, if the
+      criterion does not look at every step; and at every step, if something that
+      follows changes updates, so that the weights that leave it are not known.
     """
     criterion, every = state.config.criterion, score_every(state.config.criterion)
-    if every == 1:
+    if not jax.tree.leaves(state.scores) or _needs_gradients(criterion):
         return state
+    if every > 1:
+        due = (state.step == 0) | ((state.step + 1) % every == 0)
+    else:
+        due = state.events.undone > 0
 
     def update(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         _, old = carry
@@ -37,8 +42,6 @@ def score_now_and_then(
         return jnp.bool_(False), _accept(new, old, jnp.bool_(True))
 
     # Zero or one trips, as for masks: the other steps leave the scores where they are.
-    # Later, the weights after the step would have to be stored for it.
-    due = (state.step == 0) | ((state.step + 1) % every == 0)
     _, scores = lax.while_loop(
         lambda carry: carry[0], update, (finite & due, state.scores)
     )
@@ -49,13 +52,18 @@ def score(
     state: MovementState, weights: Any, grads: Any, new_weights: Any, finite: jax.Array
 ) -> MovementState:
     """Scores the step that was just made, unless it was a bad one."""
+    criterion = state.config.criterion
+    # A choice between old and new weights would do as well, but XLA for CPU would copy
+    # the old ones first, and the step take three times as long.
+    arrives = finite & (state.events.undone == 0)
     scores = state.scores
-    if score_every(state.config.criterion) == 1:
-        scores = state.config.criterion.update(
-            state.scores, params=weights, grads=grads, new_params=new_weights
+    if score_every(criterion) == 1:
+        scores = criterion.update(
+            scores, params=weights, grads=grads, new_params=new_weights
         )
-        scores = _accept(scores, state.scores, finite)
-    tracked = _accept(_track(state, new_weights), state.tracked, finite)
+        good = finite if _needs_gradients(criterion) else arrives
+        scores = _accept(scores, state.scores, good)
+    tracked = _accept(_track(state, new_weights), state.tracked, arrives)
     return state._replace(
         step=jnp.where(finite, optax.safe_increment(state.step), state.step),
         scores=scores,
@@ -89,6 +97,10 @@ def noise_decay(criterion: Criterion) -> float:
     if isinstance(criterion, EmaMagnitude) and criterion.decay is not None:
         return criterion.decay
     return _NOISE_DECAY
+
+
+def _needs_gradients(criterion: Criterion) -> bool:
+    return getattr(criterion, "needs_gradients", False)
 
 
 def _accept(new: Any, old: Any, finite: jax.Array) -> Any:

@@ -164,9 +164,10 @@ def movement_pruning(
         if state.config.finalized:
             return position.project(state, updates, params), state
 
-        state = scoring.score_now_and_then(state, weights, finite)
         if not state.config.regrow:
             state = position.look(state, weights)
+        state = scoring.score_entering(state, weights, finite)
+        if not state.config.regrow:
             state = masking.on_schedule(state, weights, sparsity, finite)
             updates = position.project(state, updates, params)
         else:
@@ -192,13 +193,10 @@ def _keep(masks: Any, updates: Any) -> Any:
 
 
 def _apply(state: MovementState, params: Any, updates: Any) -> Any:
-    """The prunable weights after the update; before it, if something changes it."""
-    arrives = state.events.undone == 0
+    """The prunable weights after the update, as ``optax.apply_updates`` makes them."""
 
     def add(mask: Any, param: Any, update: Any) -> Any:
-        if _tree.is_hole(mask):
-            return mask
-        return jnp.where(arrives, (param + update).astype(param.dtype), param)
+        return mask if _tree.is_hole(mask) else (param + update).astype(param.dtype)
 
     return jax.tree.map(add, state.masks, params, updates, is_leaf=_tree.is_hole)
 

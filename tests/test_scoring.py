@@ -261,3 +261,10 @@ def test_steps_between_read_no_score():
 
     assert readers(score_every=8) == set()
     assert "fusion" in readers() or "call" in readers()
+
+
+def test_scoring_copies_no_weights():
+    # As it must if it reads the old weights once the new ones are in their place.
+    text = compiled().as_text()
+    entry = text[text.index("\nENTRY ") :]
+    assert not re.findall(r"\[1024,1024\]\S* copy\(", entry)
