@@ -60,7 +60,8 @@ CRITERIA = {
     "Random": mj.Random(),
     "a user's own": Peak(),
 }
-VARIANTS = ["EmaMagnitude(half_life)", "Movement(sgd)", "Taylor(bfloat16)"]  # one form
+# One form will do.
+VARIANTS = ["EmaMagnitude(half_life)", "Movement(sgd)", "Taylor(bfloat16)"]
 FORMS = ["chain", "inner", "inner, regrow"]
 PRUNED_PART = {"dense": True, "head": False}
 
