@@ -24,6 +24,7 @@ from movement_jax.prune import (
     sparsity_of,
 )
 from movement_jax.report import Summary, TensorSummary, summary
+from movement_jax.rounding import RoundedScores
 from movement_jax.schedules import Polynomial, Stepwise, cubic, linear, one_shot
 from movement_jax.selection import keep_top
 from movement_jax.state import Events, MovementState, PruningConfig, Tracked, find_state
@@ -54,6 +55,7 @@ __all__ = [
     "Polynomial",
     "PruningConfig",
     "Random",
+    "RoundedScores",
     "Stepwise",
     "Summary",
     "Taylor",

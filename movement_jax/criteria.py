@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from movement_jax import arguments, rounding
 from movement_jax import tree as _tree
-from movement_jax.arguments import make_plain, plain
 
 
 @runtime_checkable
@@ -24,8 +24,10 @@ class Criterion(Protocol):
     the leaves that stay dense, so ``jax.tree.map`` visits the prunable leaves only.
 
     A class may set ``needs_gradients = True`` (default False) to be given gradients,
-    and ``accumulates = False`` (default True) if its scores mean something before the
-    first update.
+    ``accumulates = False`` (default True) if its scores mean something before the
+    first update, and ``score_every = k`` (default 1) to be updated at the first and
+    every ``k``-th step only, at no cost between, without gradients, with the weights
+    as they enter the step.
     """
 
     def init(self, params: Any) -> Any:
@@ -44,7 +46,7 @@ class Criterion(Protocol):
         ...
 
     def scores(self, state: Any, params: Any) -> Any:
-        """Returns one float32 per weight; the highest are kept."""
+        """Returns one float per weight, ranked as float32; the highest are kept."""
         ...
 
 
@@ -61,27 +63,41 @@ class EmaMagnitude:
       decay: :math:`\beta`, in [0, 1). Default 0.9.
       half_life: the same as a number of steps, :math:`\beta = 2^{-1/h}`. Give one of
         the two. Beyond 100 000 steps float32 averages to about a hundredth only.
+      scores_dtype: how scores are stored, "float32" or "bfloat16". The latter takes
+        two bytes a weight; it is rounded such that the average does not stall, as
+        rounding to nearest would from a decay of 0.9 on.
+      score_every: average over the weights as they enter the first step and every
+        ``score_every``-th, with :math:`\beta` to that power, which forgets as fast.
+        The other steps do not touch the scores. Default 1: after every step.
 
     Raises:
-      ValueError: if both are given, or one is out of range.
+      ValueError: if decay and half-life are both given, or something is out of range.
 
     Examples:
       >>> import movement_jax as mj
-      >>> mj.EmaMagnitude()
-      EmaMagnitude(decay=0.9, half_life=None)
+      >>> mj.EmaMagnitude().decay
+      0.9
       >>> round(mj.EmaMagnitude(half_life=100).decay, 5)
       0.99309
+      >>> cheap = mj.EmaMagnitude(
+      ...     half_life=1000, scores_dtype="bfloat16", score_every=10)
     """
 
     decay: float | None = None
     half_life: float | None = None
+    scores_dtype: str = "float32"
+    score_every: int = 1
     needs_gradients: ClassVar[bool] = False
     accumulates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        make_plain(self, "decay", "half_life")
+        arguments.make_plain(self, "decay", "half_life", "score_every")
+        object.__setattr__(
+            self, "scores_dtype", rounding.check_dtype(self.scores_dtype)
+        )
+        arguments.check_every("score_every", self.score_every)
         if self.decay is not None and self.half_life is not None:
-            if self.decay != _decay_of(self.half_life):
+            if self.decay != arguments.decay_of(self.half_life):
                 raise ValueError(
                     "`EmaMagnitude` takes `decay` or `half_life`, not both: got "
                     f"decay={self.decay}, half_life={self.half_life}."
@@ -89,29 +105,29 @@ class EmaMagnitude:
             return
         decay = 0.9 if self.decay is None else self.decay
         if self.half_life is not None:
-            decay = _decay_of(self.half_life)
-        _check_fraction("decay", decay)
+            decay = arguments.decay_of(self.half_life)
+        arguments.check_fraction("decay", decay)
         object.__setattr__(self, "decay", float(decay))
 
     def init(self, params: Any) -> Any:
-        """Zeros like ``params``, float32."""
-        return _zeros(params)
+        """Zeros like ``params`` in ``scores_dtype``."""
+        return rounding.zeros(params, self.scores_dtype)
 
     def update(self, state: Any, *, params: Any, grads: Any, new_params: Any) -> Any:
-        """One step of the running average."""
+        """``score_every`` steps of the running average at once."""
         del params, grads
-        decay = self.decay
-        assert decay is not None
+        assert self.decay is not None
+        decay = self.decay**self.score_every
 
         def average(score: jax.Array, weight: jax.Array) -> jax.Array:
             return decay * score + (1 - decay) * jnp.abs(_f32(weight))
 
-        return jax.tree.map(average, state, new_params)
+        return rounding.update(average, state, new_params)
 
     def scores(self, state: Any, params: Any) -> Any:
-        """The running average."""
+        """The running average, in ``scores_dtype``."""
         del params
-        return state
+        return rounding.values_of(state)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +227,8 @@ class Movement:
                     "`Movement(learning_rate=1e-2)`."
                 )
             return
-        rate = 1e-2 if self.learning_rate is None else plain(self.learning_rate)
+        given = arguments.plain(self.learning_rate)
+        rate = 1e-2 if given is None else given
         if isinstance(rate, bool | str):
             raise TypeError(f"`learning_rate` must be a number, got {rate!r}.")
         if isinstance(rate, int | float) and not (rate > 0 and math.isfinite(rate)):
@@ -256,6 +273,8 @@ class Taylor:
 
     Attributes:
       momentum: :math:`\mu`, in [0, 1). 0 gives the saliency of the last batch alone.
+      scores_dtype: how scores are stored, "float32" or "bfloat16", as for
+        :class:`EmaMagnitude`.
 
     Examples:
       >>> import optax, movement_jax as mj
@@ -267,16 +286,20 @@ class Taylor:
     """
 
     momentum: float = 0.9
+    scores_dtype: str = "float32"
     needs_gradients: ClassVar[bool] = True
     accumulates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        make_plain(self, "momentum")
-        _check_fraction("momentum", self.momentum)
+        arguments.make_plain(self, "momentum")
+        object.__setattr__(
+            self, "scores_dtype", rounding.check_dtype(self.scores_dtype)
+        )
+        arguments.check_fraction("momentum", self.momentum)
 
     def init(self, params: Any) -> Any:
-        """Zeros like ``params``, float32."""
-        return _zeros(params)
+        """Zeros like ``params`` in ``scores_dtype``."""
+        return rounding.zeros(params, self.scores_dtype)
 
     def update(self, state: Any, *, params: Any, grads: Any, new_params: Any) -> Any:
         """Adds this step's saliency."""
@@ -285,12 +308,12 @@ class Taylor:
         def add(score: jax.Array, weight: jax.Array, grad: jax.Array) -> jax.Array:
             return self.momentum * score + jnp.abs(_saliency(weight, grad))
 
-        return jax.tree.map(add, state, params, grads)
+        return rounding.update(add, state, params, grads)
 
     def scores(self, state: Any, params: Any) -> Any:
-        """The decayed sum of saliencies."""
+        """The decayed sum of saliencies, in ``scores_dtype``."""
         del params
-        return state
+        return rounding.values_of(state)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,7 +338,7 @@ class Random:
     accumulates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        make_plain(self, "seed")
+        arguments.make_plain(self, "seed")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(
                 f"`seed` must be an integer, got {self.seed!r}. For example `Random(0)`"
@@ -364,20 +387,3 @@ def _f32(x: jax.Array) -> jax.Array:
 
 def _saliency(weight: jax.Array, grad: jax.Array) -> jax.Array:
     return _f32(weight) * _f32(grad)
-
-
-def _decay_of(half_life: float) -> float:
-    if isinstance(half_life, bool) or not isinstance(half_life, int | float):
-        raise TypeError(f"`half_life` must be a number of steps, got {half_life!r}.")
-    if not (half_life > 0 and math.isfinite(half_life)):
-        raise ValueError(
-            f"`half_life` is a number of steps and must be positive, got {half_life}."
-        )
-    return float(0.5 ** (1 / half_life))
-
-
-def _check_fraction(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"`{name}` must be a number in [0, 1), got {value!r}.")
-    if not 0 <= value < 1:
-        raise ValueError(f"`{name}` must be in [0, 1), got {value}.")

@@ -354,7 +354,9 @@ def _noise(
     # mean: sigma**2 * 2 / (1 + decay). The average over steps began at zero.
     unbias = (1 + decay) / 2 / (1 - decay**step)
     # |noise| averaged as the scores are: its mean, and the spread that remains.
-    memory = decay if isinstance(criterion, EmaMagnitude) else 0.0
+    memory = 0.0
+    if isinstance(criterion, EmaMagnitude):
+        memory = decay**criterion.score_every
     spread = math.sqrt((1 - 2 / math.pi) * (1 - memory) / (1 + memory))
     reach = math.sqrt(2 / math.pi) + 3 * spread
     ranks_magnitude = isinstance(criterion, EmaMagnitude | Magnitude)

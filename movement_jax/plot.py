@@ -138,7 +138,8 @@ def plot_scores(
     """
     found = compare(state, Magnitude(), sparsity, "plot_scores")
     which = _find_tensor(found.opened.tensors, tensor)
-    scores, kept = _flat(found.scores[which]), _flat(found.a[which])
+    scores = _flat(found.scores[which]).astype(np.float32)
+    kept = _flat(found.a[which])
     finite = np.isfinite(scores)
     scores, kept = scores[finite], kept[finite]
     ax = _axes(ax, 5.6, 3.6)
@@ -216,7 +217,8 @@ def plot_quadrants(
     found = compare(state, other, sparsity, "plot_quadrants")
     which = _find_tensor(found.opened.tensors, tensor)
     weight = _flat(jax.tree.leaves(found.opened.weights)[which])
-    x, y = np.abs(weight.astype(np.float32)), _flat(found.scores[which])
+    x = np.abs(weight.astype(np.float32))
+    y = _flat(found.scores[which]).astype(np.float32)
     a, b = _flat(found.a[which]), _flat(found.b[which])
     group = 2 * ~a + ~b  # 0: kept by both, 1: only B prunes, 2: only A, 3: both
     colors = np.array([_KEPT, _ONLY_B, _ONLY_A, _PRUNED])

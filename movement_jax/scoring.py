@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from movement_jax.criteria import Criterion, EmaMagnitude
 from movement_jax.state import MovementState, Tracked
@@ -12,22 +13,57 @@ from movement_jax.state import MovementState, Tracked
 _NOISE_DECAY = 0.9  # for criteria that have no memory of their own
 
 
+def score_entering(
+    state: MovementState, weights: Any, finite: jax.Array
+) -> MovementState:
+    """Scores the weights as they enter a step, if those that leave it are not to be.
+
+    Args:
+      state: before its masks change in this step.
+      weights: params with holes like ``state.masks``.
+      finite: whether the step is a good one. Shape ``()``, bool.
+
+    Returns:
+      ``state`` with new scores at the first step and every ``score_every``-th, if the
+      criterion does not look at every step; and at every step, if something that
+      follows changes updates, so that the weights that leave it are not known.
+    """
+    criterion, every = state.config.criterion, score_every(state.config.criterion)
+    if not jax.tree.leaves(state.scores) or _needs_gradients(criterion):
+        return state
+    if every > 1:
+        due = (state.step == 0) | ((state.step + 1) % every == 0)
+    else:
+        due = state.events.undone > 0
+
+    def update(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        _, old = carry
+        new = criterion.update(old, params=weights, grads=None, new_params=weights)
+        return jnp.bool_(False), _accept(new, old, jnp.bool_(True))
+
+    # Zero or one trips, as for masks: the other steps leave the scores where they are.
+    _, scores = lax.while_loop(
+        lambda carry: carry[0], update, (finite & due, state.scores)
+    )
+    return state._replace(scores=scores)
+
+
 def score(
     state: MovementState, weights: Any, grads: Any, new_weights: Any, finite: jax.Array
 ) -> MovementState:
     """Scores the step that was just made, unless it was a bad one."""
-
-    def accept(new: jax.typing.ArrayLike, old: jax.typing.ArrayLike) -> jax.Array:
-        new, old, good = jnp.asarray(new), jnp.asarray(old), finite
-        if jnp.issubdtype(old.dtype, jnp.inexact):
-            good = finite & jnp.isfinite(new)
-        return jnp.where(good, new.astype(old.dtype), old)
-
-    scores = state.config.criterion.update(
-        state.scores, params=weights, grads=grads, new_params=new_weights
-    )
-    scores = jax.tree.map(accept, scores, state.scores)
-    tracked = jax.tree.map(accept, _track(state, new_weights), state.tracked)
+    criterion = state.config.criterion
+    # A choice between old and new weights would do as well, but XLA for CPU would copy
+    # the old ones first, and the step take three times as long.
+    arrives = finite & (state.events.undone == 0)
+    scores = state.scores
+    if score_every(criterion) == 1:
+        scores = criterion.update(
+            scores, params=weights, grads=grads, new_params=new_weights
+        )
+        good = finite if _needs_gradients(criterion) else arrives
+        scores = _accept(scores, state.scores, good)
+    tracked = _accept(_track(state, new_weights), state.tracked, arrives)
     return state._replace(
         step=jnp.where(finite, optax.safe_increment(state.step), state.step),
         scores=scores,
@@ -36,6 +72,11 @@ def score(
             skipped=state.events.skipped + (~finite).astype(jnp.int32)
         ),
     )
+
+
+def score_every(criterion: Criterion) -> int:
+    """Steps from one update of the scores to the next."""
+    return getattr(criterion, "score_every", 1)
 
 
 def start_tracking(weights: Any, start: bool, noise: bool) -> Tracked:
@@ -56,6 +97,22 @@ def noise_decay(criterion: Criterion) -> float:
     if isinstance(criterion, EmaMagnitude) and criterion.decay is not None:
         return criterion.decay
     return _NOISE_DECAY
+
+
+def _needs_gradients(criterion: Criterion) -> bool:
+    return getattr(criterion, "needs_gradients", False)
+
+
+def _accept(new: Any, old: Any, finite: jax.Array) -> Any:
+    """What is new where it is finite, and the step is a good one."""
+
+    def accept(new: jax.typing.ArrayLike, old: jax.typing.ArrayLike) -> jax.Array:
+        new, old, good = jnp.asarray(new), jnp.asarray(old), finite
+        if jnp.issubdtype(old.dtype, jnp.inexact):
+            good = finite & jnp.isfinite(new)
+        return jnp.where(good, new.astype(old.dtype), old)
+
+    return jax.tree.map(accept, new, old)
 
 
 def _track(state: MovementState, new_weights: Any) -> Tracked:

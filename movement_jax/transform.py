@@ -200,8 +200,11 @@ def movement_pruning(
         if state.config.finalized:
             return position.project(state, updates, params), state
 
+        alive = None
         if not state.config.regrow:
             state, alive = position.look(state, weights)
+        state = scoring.score_entering(state, weights, finite)
+        if not state.config.regrow:
             state = masking.on_schedule(state, weights, sparsity, finite, alive)
             updates = position.project(state, updates, params)
         else:
@@ -227,13 +230,10 @@ def _keep(masks: Any, updates: Any) -> Any:
 
 
 def _apply(state: MovementState, params: Any, updates: Any) -> Any:
-    """The prunable weights after the update; before it, if something changes it."""
-    arrives = state.events.undone == 0
+    """The prunable weights after the update, as ``optax.apply_updates`` makes them."""
 
     def add(mask: Any, param: Any, update: Any) -> Any:
-        if _tree.is_hole(mask):
-            return mask
-        return jnp.where(arrives, (param + update).astype(param.dtype), param)
+        return mask if _tree.is_hole(mask) else (param + update).astype(param.dtype)
 
     return jax.tree.map(add, state.masks, params, updates, is_leaf=_tree.is_hole)
 
@@ -281,12 +281,19 @@ def _check_arguments(
             f"`inner` must be an optax optimizer, got {inner!r}. For example "
             "`movement_pruning(..., inner=optax.adamw(3e-4))`."
         )
-    if inner is None and getattr(criterion, "needs_gradients", False):
-        name = type(criterion).__name__
+    name = type(criterion).__name__
+    needs_gradients = getattr(criterion, "needs_gradients", False)
+    if inner is None and needs_gradients:
         raise ValueError(
             f"`{name}` needs the raw gradients, which a transformation at the end of a "
             "chain does not see. Wrap the optimizer instead: "
             f"`movement_pruning(sparsity, {name}(), inner=optax.adamw(...))`."
+        )
+
+    if needs_gradients and scoring.score_every(criterion) != 1:
+        raise ValueError(
+            f"`{name}` needs the gradient of every step, each of which tells another "
+            "thing, and takes no `score_every`. `EmaMagnitude(score_every=10)` does."
         )
 
 

@@ -246,3 +246,20 @@ def shapes():
 
 def param_bytes():
     return 4 * sum(map(math.prod, shapes()))
+
+
+CHEAP = [
+    mj.EmaMagnitude(scores_dtype="bfloat16"),
+    mj.EmaMagnitude(score_every=8),
+    mj.EmaMagnitude(scores_dtype="bfloat16", score_every=8),
+]
+
+
+@pytest.mark.parametrize("criterion", CHEAP, ids=["bfloat16", "every 8", "both"])
+def test_cheaper_scores_on_a_tpu_take_no_memory_either(topology, criterion):
+    tx = pruned_adamw(criterion=criterion, check_finite=False)
+    program = compiled(step_of(tx), tx, topology(ONE_CHIP))
+    assert not program.sorts()
+    assert program.temp < 0.01 * param_bytes()
+    assert program.aliases_all_it_returns()
+    assert program.copies_on_every_step() == []

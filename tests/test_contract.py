@@ -50,14 +50,18 @@ class Peak:
 CRITERIA = {
     "EmaMagnitude": mj.EmaMagnitude(),
     "EmaMagnitude(half_life)": mj.EmaMagnitude(half_life=10),
+    "EmaMagnitude(bfloat16)": mj.EmaMagnitude(scores_dtype="bfloat16"),
+    "EmaMagnitude(every 2)": mj.EmaMagnitude(score_every=2),
     "Magnitude": mj.Magnitude(),
     "Movement": mj.Movement(),
     "Movement(sgd)": mj.Movement(optax.sgd(1.0)),
     "Taylor": mj.Taylor(),
+    "Taylor(bfloat16)": mj.Taylor(scores_dtype="bfloat16"),
     "Random": mj.Random(),
     "a user's own": Peak(),
 }
-VARIANTS = ["EmaMagnitude(half_life)", "Movement(sgd)"]  # one form will do
+# One form will do.
+VARIANTS = ["EmaMagnitude(half_life)", "Movement(sgd)", "Taylor(bfloat16)"]
 FORMS = ["chain", "inner", "inner, regrow"]
 PRUNED_PART = {"dense": True, "head": False}
 
