@@ -184,10 +184,23 @@ def masks(
     ranked: Ranked, below: jax.Array, at: jax.Array, cut: jax.Array
 ) -> list[jax.Array]:
     """What is kept if everything is dropped that :func:`count` would count."""
+    tensors = tuple(ranked.tensors)
+    return _masks(ranked._replace(tensors=()), tensors, below, at, cut)
+
+
+# In eager code too: there `jax_debug_nans` would stop at a threshold that is NaN.
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _masks(
+    ranked: Ranked,
+    tensors: tuple[Tensor, ...],
+    below: jax.Array,
+    at: jax.Array,
+    cut: jax.Array,
+) -> list[jax.Array]:
     keys, cuts = _to_float(jnp.stack([below, at], axis=1)), cut[:, None]
     return [
         _mask_one(*operands, tensor, cuts, start)
-        for operands, tensor, start in _hidden(ranked, keys)
+        for operands, tensor, start in _hidden(ranked._replace(tensors=tensors), keys)
     ]
 
 
@@ -226,8 +239,7 @@ def _hidden(ranked: Ranked, keys: jax.Array) -> Iterator[tuple[Any, ...]]:
         yield operands, dataclasses.replace(tensor, name=""), start
 
 
-# A function of its own, to be traced once for all tensors of a shape; and compiled in
-# eager code too, where `jax_debug_nans` would stop at a NaN threshold.
+# A function of its own, to be traced once for all tensors of a shape.
 @functools.partial(jax.jit, static_argnums=4)
 def _count_one(
     x: jax.Array,

@@ -240,7 +240,7 @@ def test_cheaper_scores_are_updated_in_place(options):
     memory = compiled(**options).memory_analysis()
     assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 1024
     usual = compiled().memory_analysis()
-    assert memory.temp_size_in_bytes < 1.01 * usual.temp_size_in_bytes
+    assert memory.temp_size_in_bytes < usual.temp_size_in_bytes + 1024
 
 
 def test_steps_between_read_no_score():
