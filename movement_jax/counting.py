@@ -250,7 +250,7 @@ def _count_one(
     cuts: jax.Array,
     start: jax.Array,
 ) -> jax.Array:
-    x, index = _rank(x, kept), _index(tensor, one)
+    x, index = _rank(x, kept), _index(x, tensor, one)
     below, *at = _rows(keys, tensor, start)
     operands = tuple(
         _dropped(x, index, below, a, c) for a, c in zip(at, _rows(cuts, tensor, start))
@@ -270,7 +270,7 @@ def _mask_one(
     cuts: jax.Array,
     start: jax.Array,
 ) -> jax.Array:
-    x, index = _rank(x, kept), _index(tensor, one)
+    x, index = _rank(x, kept), _index(x, tensor, one)
     (below, at), (cut,) = _rows(keys, tensor, start), _rows(cuts, tensor, start)
     return ~_dropped(x, index, below, at, cut)
 
@@ -312,9 +312,9 @@ def _rank(x: jax.Array, kept: jax.Array | None) -> jax.Array:
     return jnp.where(kept, jnp.maximum(x, jnp.finfo(x.dtype).min), -jnp.inf)
 
 
-def _index(tensor: Tensor, one: jax.Array) -> jax.Array:
+def _index(x: jax.Array, tensor: Tensor, one: jax.Array) -> jax.Array:
     """Flat index of every score within its segment, without flattening."""
-    shape, index = tensor.shape, jnp.int32(0)
+    shape, index = tensor.shape, jnp.zeros_like(x, dtype=jnp.int32)  # sharded as x is
     stride = 1
     for axis in reversed(range(tensor.leading, len(shape))):
         index += one * stride * lax.broadcasted_iota(jnp.int32, shape, axis)
