@@ -16,15 +16,24 @@ settings.register_profile("fixed", deadline=None, derandomize=True, database=Non
 settings.load_profile("fixed")
 
 
-# Programs are compiled for a TPU by libtpu, which only the extra `tpu-aot` installs.
-_HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
-collect_ignore = [] if _HAS_LIBTPU else ["test_aot.py"]
+# Compilers for a TPU and for a GPU, which only these extras install.
+_COMPILERS = {
+    "tpu-aot": ["libtpu"],
+    "gpu-aot": ["jax_cuda12_plugin", "jax_cuda13_plugin"],
+}
+_MISSING = [
+    extra
+    for extra, modules in _COMPILERS.items()
+    if not any(map(importlib.util.find_spec, modules))
+]
+collect_ignore = ["test_aot.py"] if len(_MISSING) == len(_COMPILERS) else []
 
 
 def pytest_report_header():
     """Says what is left out, and how to have it run."""
-    if not _HAS_LIBTPU:
-        return 'test_aot.py is left out: it needs `pip install -e ".[test,tpu-aot]"`'
+    if collect_ignore:
+        extras = " or ".join(_MISSING)
+        return f'test_aot.py is left out: it needs `pip install -e ".[{extras}]"`'
     return None
 
 
