@@ -61,7 +61,7 @@ CRITERIA = {
     "a user's own": Peak(),
 }
 # One form will do.
-VARIANTS = ["EmaMagnitude(half_life)", "Movement(sgd)", "Taylor(bfloat16)"]
+VARIANTS = [name for name in CRITERIA if name.endswith(")")]
 FORMS = ["chain", "inner", "inner, regrow"]
 PRUNED_PART = {"dense": True, "head": False}
 
@@ -130,8 +130,11 @@ def _matrix():
     """Every criterion in every form inside every wrapper.
 
     Criteria that need gradients have no form "chain": there they see updates only.
+    Variants wrap as what they vary.
     """
     for name, criterion in CRITERIA.items():
+        if name in VARIANTS:
+            continue
         for form in FORMS[criterion.needs_gradients :]:
             for wrapper in ("plain", *WRAPPERS):
                 yield name, form, wrapper
