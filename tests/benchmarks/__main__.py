@@ -112,7 +112,11 @@ def _child(names: Any, quick: bool) -> dict[str, Any]:
         path = pathlib.Path(folder, "part.json")
         command = [sys.executable, "-m", "tests.benchmarks", *names]
         command += ["--child", str(path), *(["--quick"] * quick)]
-        subprocess.run(command, cwd=ROOT, env=environment, check=False)
+        code = subprocess.run(
+            command, cwd=ROOT, env=environment, check=False
+        ).returncode
+        if code:
+            print(f"{', '.join(names)}: ended with {code}", file=sys.stderr)
         return json.loads(path.read_text()) if path.exists() else {}
 
 
