@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 import movement_jax as mj
-from movement_jax import selection
+from movement_jax import counting, selection
 
 from . import machine, masks, models, steps, tables, timing
 
@@ -57,7 +57,7 @@ def _reads(size: int, m: int, seconds: float) -> dict[str, Any]:
 
     @jax.jit
     def count(x: jax.Array, at: jax.Array) -> Any:
-        return selection.tally([x <= at[i] for i in range(m)])
+        return counting.tally([x <= at[i] for i in range(m)])
 
     @jax.jit
     def copy(x: jax.Array) -> jax.Array:

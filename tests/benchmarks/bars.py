@@ -17,8 +17,9 @@ def bars(parts: dict[str, Any]) -> Iterator[tuple[str, str, str, bool]]:
     yield from _memory(parts.get("memory", []))
     yield from _steps(parts.get("steps", []))
     yield from _traffic(parts.get("traffic", []))
-    rows = [row for row in parts.get("compiling", [])]
-    for row in rows:
+    for row in parts.get("compiling", []):
+        if row["leaves"] < 50:
+            continue
         name = f"compile, {row['leaves']} leaves, {_form(row)}"
         middle = row["ratio"][1]
         yield name, "2x adamw", f"{tables.ratio(row)}x", middle <= 2
@@ -40,6 +41,7 @@ def _masks(found: Any) -> Iterator[tuple[str, str, str, bool]]:
 
 
 def _memory(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, str, bool]]:
+    rows = [row for row in rows if row.get("size", 0) >= 10**6]
     for target in dict.fromkeys(row["target"] for row in rows if "tree" in row):
         here = [row for row in rows if row["target"] == target]
         for program in ("prune", "step: EMA scores, cubic, skip"):
