@@ -8,7 +8,7 @@ flattened or gathered, and only group scores are stored: ``1 / b`` of the tensor
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -203,7 +203,12 @@ def _split(x: jax.Array, block: tuple[int, ...]) -> tuple[jax.Array, tuple[int, 
 def _split_axis(x: jax.Array, axis: int, size: int) -> jax.Array:
     """``(d,)`` to ``(d / size, size)``."""
     x, parts = _within_devices(x, axis, size), x.shape[axis] // size
-    return x.reshape(*x.shape[:axis], parts, size, *x.shape[axis + 1 :])
+    spec, new = jax.typeof(x).sharding.spec, axis if parts == 1 else axis + 1
+    return _reshaped(
+        x,
+        (*x.shape[:axis], parts, size, *x.shape[axis + 1 :]),
+        (*spec[:new], None, *spec[new:]),
+    )
 
 
 def _within_devices(x: jax.Array, axis: int, size: int) -> jax.Array:
@@ -224,7 +229,20 @@ def _within_devices(x: jax.Array, axis: int, size: int) -> jax.Array:
 def _join(x: jax.Array, axis: int) -> jax.Array:
     """Undoes :func:`_split_axis`."""
     parts, size = x.shape[axis : axis + 2]
-    return x.reshape(*x.shape[:axis], parts * size, *x.shape[axis + 2 :])
+    spec, gone = jax.typeof(x).sharding.spec, axis if parts == 1 else axis + 1
+    return _reshaped(
+        x,
+        (*x.shape[:axis], parts * size, *x.shape[axis + 2 :]),
+        (*spec[:gone], *spec[gone + 1 :]),
+    )
+
+
+def _reshaped(x: jax.Array, shape: tuple[int, ...], spec: tuple[Any, ...]) -> jax.Array:
+    """Says how the result is sharded, which old JAX takes amiss for axes of one."""
+    if all(names is None for names in spec):
+        return x.reshape(shape)
+    sharding = NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*spec))
+    return jnp.reshape(x, shape, out_sharding=sharding)
 
 
 def _laid_out(mask: jax.Array, like: jax.Array) -> jax.Array:
