@@ -141,9 +141,10 @@ def _position(opened: Opened) -> list[Finding]:
         if alive:
             what = f"{alive:,} pruned weights are not zero"
             what += f" (largest {largest:.3g}, in {where})"
+        misplaced = bool(alive) or int(found.events.turned) == 1
         findings.append(
             Finding(
-                "warning",
+                "warning" if misplaced else "note",
                 name,
                 alive or undone,
                 f"{what}: something follows `movement_pruning` in the chain and moves "

@@ -17,9 +17,11 @@ from movement_jax.state import MovementState
 
 LOOK_AT = 2  # tensors
 LOOK_EVERY = 32  # steps; and always after masks changed or pruned weights were alive
+JUDGE_EVERY = 256  # steps: whether a turn has helped
 # What multiplies a pruned weight to make its update: to zero at once if nothing
-# follows, by descent if an optimizer does, and left alone if neither helps.
-_DIRECTIONS = (-1.0, 1.0, 0.0)
+# follows, by descent if an optimizer seems to. If that does not shrink them, none does,
+# and something else revives them: back, for good.
+_DIRECTIONS = (-1.0, 1.0, -1.0)
 _GROWTH = (1.5, 4.0, float("inf"))  # of their sum, after which to try the next
 
 
@@ -27,8 +29,8 @@ def look(state: MovementState, weights: Any) -> tuple[MovementState, jax.Array]:
     """Looks, every now and then, whether pruned weights are at zero.
 
     Alive once, they may have been revived on purpose. If they are alive again after
-    the update that sent them to zero, something undoes it. What shrinks or delays
-    updates still lets them reach zero. An optimizer takes them for gradients and
+    the update that sent them to zero, something undoes it. What shrinks updates still
+    lets them reach zero. An optimizer takes them for gradients and
     drives the weights away: where they grow, the direction is turned.
 
     Args:
@@ -50,7 +52,9 @@ def look(state: MovementState, weights: Any) -> tuple[MovementState, jax.Array]:
         (due, jnp.float32(0)),
     )
     again = (events.alive > 0) & jnp.isfinite(events.alive) & (now > 0)
-    grown = again & (now > jnp.asarray(_GROWTH)[events.turned] * events.alive)
+    grown = now > jnp.asarray(_GROWTH)[events.turned] * events.alive
+    judged = (events.turned == 1) & (state.step % JUDGE_EVERY == 0)
+    grown = again & (grown | (judged & (now > events.alive)))
     events = events._replace(
         undone=events.undone + again.astype(jnp.int32),
         turned=events.turned + grown.astype(jnp.int32),

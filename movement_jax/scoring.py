@@ -34,7 +34,7 @@ def score_entering(
     if every > 1:
         due = (state.step == 0) | ((state.step + 1) % every == 0)
     else:
-        due = state.events.undone > 0
+        due = state.events.turned == 1
 
     def update(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         _, old = carry
@@ -55,7 +55,7 @@ def score(
     criterion = state.config.criterion
     # A choice between old and new weights would do as well, but XLA for CPU would copy
     # the old ones first, and the step take three times as long.
-    arrives = finite & (state.events.undone == 0)
+    arrives = finite & (state.events.turned != 1)
     scores = state.scores
     if score_every(criterion) == 1:
         scores = criterion.update(

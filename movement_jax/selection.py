@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from movement_jax import wide
+from movement_jax.arguments import plain
 from movement_jax.counting import (
     CANDIDATES,
     MAX_COUNT,
@@ -73,8 +74,11 @@ def keep_top(scores: jax.Array, n_keep: jax.typing.ArrayLike) -> jax.Array:
         return jnp.ones_like(scores, dtype=bool)
     if not jnp.issubdtype(jnp.result_type(n_keep), jnp.integer):
         raise TypeError(f"`n_keep` must be a count, an integer, got {n_keep}.")
+    n_keep = plain(n_keep)
     if isinstance(n_keep, int):
         n_keep = min(max(n_keep, 0), scores.size)
+    if jnp.issubdtype(jnp.result_type(n_keep), jnp.unsignedinteger):
+        n_keep = jnp.minimum(jnp.asarray(n_keep, jnp.uint32), np.uint32(scores.size))
     n_keep = jnp.clip(jnp.asarray(n_keep, jnp.int32), 0, scores.size)
     tensor = Tensor("scores", scores.shape)
     return keep_masks([scores], [tensor], (scores.size - n_keep)[None])[0][0]

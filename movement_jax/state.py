@@ -62,7 +62,7 @@ class Events(NamedTuple):
       alive: sum of the magnitudes of pruned weights when they were first seen alive;
         0 while they are zero, infinite after a mask change. Shape ``()``, float32.
       turned: 0 while pruned weights are sent to zero, 1 after an optimizer was found
-        to follow, 2 if nothing helps and they are left alone. Shape ``()``, int32.
+        to follow, 2 if that was wrong: as 0, for good. Shape ``()``, int32.
     """
 
     skipped: jax.Array

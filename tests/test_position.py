@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import movement_jax as mj
+from movement_jax import position
 
 OPTIMIZERS = {
     "sgd": optax.sgd(0.1),
@@ -79,11 +80,49 @@ def test_before_what_shrinks_updates_pruned_weights_reach_zero_later(after, spar
     assert pruned_part(params, opt_state).max() < 1e-9
 
 
-def test_where_nothing_helps_pruned_weights_are_left_alone():
-    triple = optax.chain(optax.sgd(0.1), mj.movement_pruning(0.5), optax.scale(3.0))
-    params, opt_state = train(triple)
-    assert mj.find_state(opt_state).events.turned == 2
-    assert pruned_part(params, opt_state).max() < 10
+OUTSIDE = {
+    "warm-up": optax.adam(optax.linear_schedule(0, 1e-2, 300)),
+    "momentum": optax.sgd(0.1, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("every", [2, 10])
+@pytest.mark.parametrize("optimizer", OUTSIDE.values(), ids=OUTSIDE)
+def test_weights_that_revive_while_pruning_pauses_are_zero_when_it_does_not(
+    optimizer, every
+):
+    def on_time(step, **_):
+        return step % every == 0
+
+    pruning = mj.movement_pruning(0.5, mj.Magnitude())
+    tx = optax.chain(optimizer, optax.conditionally_transform(pruning, on_time))
+    steps = 1 + every * (1200 // every)
+    params, opt_state = train(tx, steps=steps)
+    assert mj.find_state(opt_state).events.turned != 1
+    assert not pruned_part(params, opt_state).any()
+
+
+def test_noise_that_grows_turns_nothing_for_long():
+    tx = optax.chain(optax.adam(1e-3), mj.movement_pruning(0.5, mj.Magnitude()))
+    rng = np.random.default_rng(1)
+
+    def disturb(step, params):
+        scale = 1e-5 * 1.02**step
+        return {"kernel": params["kernel"] + rng.normal(0, scale, (16, 16))}
+
+    params, opt_state = train(tx, change=disturb)
+    assert mj.find_state(opt_state).events.turned != 1
+    assert not pruned_part(params, opt_state).any()
+
+
+def test_pruning_by_hand_in_the_wrong_place_is_noticed_too():
+    tx = optax.chain(mj.movement_pruning(), optax.adam(1e-2))
+    params, opt_state = mj.prune(train(tx, steps=5), 0.5)
+    for _ in range(2 * position.LOOK_EVERY):
+        grads = {"kernel": 0.1 * (params["kernel"] - GOAL)}
+        updates, opt_state = tx.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+    assert mj.find_state(opt_state).events.undone > 0
 
 
 def test_misplaced_pruning_scores_the_weights_as_they_come():

@@ -198,6 +198,13 @@ def test_a_scalar_and_an_empty_array_are_handled():
     assert mj.keep_top(jnp.zeros((0, 3)), 1).shape == (0, 3)
 
 
+@pytest.mark.parametrize("n_keep", [2**40, np.int64(2**40), np.uint32(2**32 - 1)])
+def test_more_than_there_is_keeps_everything(n_keep):
+    assert mj.keep_top(jnp.arange(4.0), n_keep).all()
+    traced = jnp.uint32(2**32 - 1)
+    assert jax.jit(mj.keep_top)(jnp.arange(4.0), traced).all()
+
+
 def test_a_fraction_instead_of_a_count_is_refused():
     with pytest.raises(TypeError, match="`n_keep` must be a count, an integer"):
         mj.keep_top(jnp.arange(4.0), 0.5)
