@@ -121,7 +121,7 @@ def segment_starts(tensors: Sequence[Tensor], zero: jax.Array) -> list[jax.Array
 
     With a constant in it, the program of each tensor is one of its own. With a value
     that comes from outside of a loop, XLA for CPU compiles one for all tensors of a
-    shape, in a tenth of the time.
+    shape.
 
     Args:
       tensors: what is to be ranked.

@@ -43,8 +43,8 @@ def movement_pruning(
     Goes last in a chain, or around an optimizer with ``inner=``. It rewrites the
     update of a pruned weight :math:`w` to :math:`-w`, so that ``apply_updates`` gives
     exactly 0.0 whatever momentum and weight decay do, also of one that something else
-    brought back to life. If what follows it in a chain undoes that, it notices at the
-    next step, counts it in ``events.undone`` and makes up for it: an optimizer that
+    brought back to life. If what follows it in a chain undoes that, it notices
+    soon, counts it in ``events.undone`` and makes up for it: an optimizer that
     follows is given the gradient that takes pruned weights to zero, and scores are
     taken of the weights as they come. :func:`movement_jax.health` then asks for the
     right order, in which zeros are exact. A step whose gradients or updates are not
