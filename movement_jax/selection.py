@@ -44,8 +44,8 @@ def keep_top(scores: jax.Array, n_keep: jax.typing.ArrayLike) -> jax.Array:
 
     Exact for every size, dtype and tie: among equal scores the lower flat index is
     kept, NaN is kept whatever ``n_keep`` says, -0.0 equals 0.0 and subnormals equal
-    zero. No sort; the array is read a few times, stays where it is sharded, and needs no
-    temporary memory.
+    zero. No sort; the array is read a few times, stays where it is sharded, and needs
+    no temporary memory.
 
     Args:
       scores: floats of any shape, ranked as float32.
