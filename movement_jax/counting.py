@@ -23,9 +23,6 @@ _LARGEST_SUBNORMAL = 0x007FFFFF
 TOP_KEY = 0x7F800000 - _LARGEST_SUBNORMAL + 1  # one above the key of +inf
 NO_KEY = -TOP_KEY  # one below the key of -inf
 
-# One int32 vector, or float32 for keys, with an entry per segment for each candidate.
-Candidates = tuple[jax.Array, ...]
-
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
@@ -128,7 +125,8 @@ def segment_starts(tensors: Sequence[Tensor], zero: jax.Array) -> list[jax.Array
       zero: 0 in a way that only we know of. Shape ``()``, int32.
     """
     ends = np.cumsum([t.segments for t in tensors])
-    return [zero + int(end) - t.segments for end, t in zip(ends, tensors)]
+    rows = [np.array([0, end - t.segments], np.int32) for end, t in zip(ends, tensors)]
+    return _reduce([zero + row for row in rows], [0] * len(rows), jnp.maximum, (0,))
 
 
 def tally(
@@ -144,19 +142,39 @@ def tally(
     Returns:
       One int32 array per predicate.
     """
-    return tuple(
-        lax.reduce(
-            tuple(p.astype(jnp.int32) for p in predicates),
-            tuple(np.int32(0) for _ in predicates),
-            lambda a, b: tuple(p + q for p, q in zip(a, b)),
-            tuple(range(predicates[0].ndim)) if axes is None else tuple(axes),
-        )
+    axes = tuple(range(predicates[0].ndim)) if axes is None else tuple(axes)
+    ones = [p.astype(jnp.int32) for p in predicates]
+    return tuple(_reduce(ones, [0] * len(ones), jnp.add, axes))
+
+
+def anywhere(predicates: Sequence[jax.Array]) -> list[jax.Array]:
+    """Whether each of several predicates holds anywhere, in one pass over them all.
+
+    Args:
+      predicates: as for :func:`tally`.
+
+    Returns:
+      One bool per predicate.
+    """
+    start, axes = [False] * len(predicates), tuple(range(predicates[0].ndim))
+    return _reduce(predicates, start, jnp.logical_or, axes)
+
+
+def _reduce(
+    operands: Sequence[jax.Array], start: Sequence[Any], combine: Any, axes: Any
+) -> list[jax.Array]:
+    """Several reductions by one program, which XLA for CPU makes no copies for."""
+    return lax.reduce(
+        tuple(operands),
+        tuple(np.asarray(x, operand.dtype) for x, operand in zip(start, operands)),
+        lambda a, b: tuple(combine(x, y) for x, y in zip(a, b)),
+        axes,
     )
 
 
 def count(
-    ranked: Ranked, below: jax.Array, at: Candidates, cut: Candidates
-) -> Candidates:
+    ranked: Ranked, below: jax.Array, at: jax.Array, cut: jax.Array
+) -> jax.Array:
     """How many scores each candidate drops in every segment.
 
     Those at or below key ``below``, and those at or below key ``at`` whose flat index
@@ -165,19 +183,19 @@ def count(
     Args:
       ranked: what is counted.
       below: shape ``(segments,)``, int32.
-      at: one vector like ``below`` per candidate.
-      cut: one vector like ``below`` per candidate.
+      at: shape ``(CANDIDATES, segments)``, int32.
+      cut: shape ``(CANDIDATES, segments)``, int32.
 
     Returns:
-      One vector like ``below`` per candidate.
+      Shape ``(CANDIDATES, segments)``, int32.
     """
-    keys, cuts = _to_float(jnp.stack([below, *at], axis=1)), jnp.stack(cut, axis=1)
     counts = [
-        _count_one(*operands, tensor, cuts, start)
-        for operands, tensor, start in _hidden(ranked, keys)
+        _count_one(*operands, tensor, start)
+        for operands, tensor, start in _hidden(ranked, _table(below[None], at, cut))
     ]
-    table = jnp.concatenate(counts)
-    return tuple(table[:, j] for j in range(CANDIDATES))
+    # One concatenation for all, candidate by candidate.
+    table = jnp.concatenate([one[j] for j in range(CANDIDATES) for one in counts])
+    return table.reshape(CANDIDATES, -1)
 
 
 def masks(
@@ -197,25 +215,26 @@ def _masks(
     at: jax.Array,
     cut: jax.Array,
 ) -> list[jax.Array]:
-    keys, cuts = _to_float(jnp.stack([below, at], axis=1)), cut[:, None]
+    table = _table(below[None], at[None], cut[None])
     return [
-        _mask_one(*operands, tensor, cuts, start)
-        for operands, tensor, start in _hidden(ranked._replace(tensors=tensors), keys)
+        _mask_one(*operands, tensor, start)
+        for operands, tensor, start in _hidden(ranked._replace(tensors=tensors), table)
     ]
 
 
-def sum_over(values: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+def sum_over(values: Any, axes: tuple[str, ...]) -> Any:
     """Sum over manual mesh axes, if there are any."""
     return lax.psum(values, axes) if axes else values
 
 
-def split(low: jax.Array, high: jax.Array) -> Candidates:
+def split(low: jax.Array, high: jax.Array) -> jax.Array:
     """Cuts intervals into ``CANDIDATES + 1`` parts, inside their ends if it can."""
     width = distance(low, high)
     part = width // (CANDIDATES + 1) + (width % (CANDIDATES + 1) > 0)
-    last = jnp.maximum(width, 1) - 1
-    offsets = [jnp.minimum(part * np.uint32(j + 1), last) for j in range(CANDIDATES)]
-    return tuple(low + lax.bitcast_convert_type(x, jnp.int32) for x in offsets)
+    parts = np.arange(1, CANDIDATES + 1, dtype=np.uint32)
+    parts = parts.reshape(CANDIDATES, *(1 for _ in low.shape))
+    offsets = jnp.minimum(part * parts, jnp.maximum(width, 1) - 1)
+    return low + lax.bitcast_convert_type(offsets, jnp.int32)
 
 
 def distance(low: jax.Array, high: jax.Array) -> jax.Array:
@@ -224,7 +243,13 @@ def distance(low: jax.Array, high: jax.Array) -> jax.Array:
     return as_uint(high) - as_uint(low)
 
 
-def _hidden(ranked: Ranked, keys: jax.Array) -> Iterator[tuple[Any, ...]]:
+def _table(below: jax.Array, at: jax.Array, cut: jax.Array) -> jax.Array:
+    """Thresholds and cuts in one array: what XLA for CPU computes for all tensors."""
+    keys = [lax.bitcast_convert_type(_to_float(x), jnp.int32) for x in (below, at)]
+    return jnp.concatenate([*keys, cut])
+
+
+def _hidden(ranked: Ranked, table: jax.Array) -> Iterator[tuple[Any, ...]]:
     """All of each tensor, behind a barrier together with what changes in the loop.
 
     It keeps XLA from computing ranks and indices once, outside of the loop, and storing
@@ -235,7 +260,7 @@ def _hidden(ranked: Ranked, keys: jax.Array) -> Iterator[tuple[Any, ...]]:
     for x, mask, tensor, start in zip(
         ranked.scores, kept, ranked.tensors, ranked.starts
     ):
-        operands = lax.optimization_barrier((x, mask, keys, jnp.int32(1)))
+        operands = lax.optimization_barrier((x, mask, table, jnp.int32(1)))
         yield operands, dataclasses.replace(tensor, name=""), start
 
 
@@ -244,43 +269,48 @@ def _hidden(ranked: Ranked, keys: jax.Array) -> Iterator[tuple[Any, ...]]:
 def _count_one(
     x: jax.Array,
     kept: jax.Array | None,
-    keys: jax.Array,
+    table: jax.Array,
     one: jax.Array,
     tensor: Tensor,
-    cuts: jax.Array,
     start: jax.Array,
-) -> jax.Array:
+) -> list[jax.Array]:
     x, index = _rank(x, kept), _index(x, tensor, one)
-    below, *at = _rows(keys, tensor, start)
-    operands = tuple(
-        _dropped(x, index, below, a, c) for a, c in zip(at, _rows(cuts, tensor, start))
-    )
+    below, at, cut = _rows(table, tensor, start)
+    operands = [_dropped(x, index, below, a, c) for a, c in zip(at, cut)]
     sums = tally(operands, tuple(range(tensor.leading, len(tensor.shape))))
     counts = [_replicated(s).reshape(tensor.segments) for s in sums]
-    return sum_over(jnp.stack(counts, axis=1), tensor.axes)
+    return sum_over(counts, tensor.axes)
 
 
 @functools.partial(jax.jit, static_argnums=4)
 def _mask_one(
     x: jax.Array,
     kept: jax.Array | None,
-    keys: jax.Array,
+    table: jax.Array,
     one: jax.Array,
     tensor: Tensor,
-    cuts: jax.Array,
     start: jax.Array,
 ) -> jax.Array:
     x, index = _rank(x, kept), _index(x, tensor, one)
-    (below, at), (cut,) = _rows(keys, tensor, start), _rows(cuts, tensor, start)
+    below, (at,), (cut,) = _rows(table, tensor, start)
     return ~_dropped(x, index, below, at, cut)
 
 
-def _rows(table: jax.Array, tensor: Tensor, start: jax.Array) -> list[jax.Array]:
-    """The columns of a tensor's rows, shaped to compare with it."""
-    rows = lax.dynamic_slice_in_dim(table, start, tensor.segments)
+def _rows(
+    table: jax.Array, tensor: Tensor, start: jax.Array
+) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
+    """What a table says of a tensor, shaped to compare with it."""
+    own = lax.dynamic_slice(
+        table,
+        (np.int32(0), start),
+        (len(table), tensor.segments),
+        allow_negative_indices=False,
+    )
     lead = tensor.shape[: tensor.leading]
-    shape = lead + (1,) * (len(tensor.shape) - tensor.leading)
-    return [rows[:, j].reshape(shape) for j in range(table.shape[1])]
+    rows = own.reshape(-1, *lead, *(1 for _ in tensor.shape[tensor.leading :]))
+    n = len(table) // 2
+    below, *at = (lax.bitcast_convert_type(row, jnp.float32) for row in rows[: n + 1])
+    return below, at, list(rows[n + 1 :])
 
 
 def _replicated(counts: jax.Array) -> jax.Array:

@@ -18,10 +18,10 @@ from movement_jax.state import MovementState
 LOOK_AT = 2  # tensors
 LOOK_EVERY = 32  # steps; and always after masks changed or pruned weights were alive
 JUDGE_EVERY = 256  # steps: whether a turn has helped
-# What multiplies a pruned weight to make its update: to zero at once if nothing
-# follows, by descent if an optimizer seems to. If that does not shrink them, none does,
-# and something else revives them: back, for good.
-_DIRECTIONS = (-1.0, 1.0, -1.0)
+# How often the direction of pruned weights' updates was changed: straight to zero if
+# nothing seems to follow, by descent if an optimizer does. If that does not shrink
+# them, none does, and something else revives them: back, for good.
+TURNED = 1
 _GROWTH = (1.5, 4.0, float("inf"))  # of their sum, after which to try the next
 
 
@@ -53,7 +53,7 @@ def look(state: MovementState, weights: Any) -> tuple[MovementState, jax.Array]:
     )
     again = (events.alive > 0) & jnp.isfinite(events.alive) & (now > 0)
     grown = now > jnp.asarray(_GROWTH)[events.turned] * events.alive
-    judged = (events.turned == 1) & (state.step % JUDGE_EVERY == 0)
+    judged = (events.turned == TURNED) & (state.step % JUDGE_EVERY == 0)
     grown = again & (grown | (judged & (now > events.alive)))
     events = events._replace(
         undone=events.undone + again.astype(jnp.int32),
@@ -98,7 +98,7 @@ def after_change(alive: jax.Array, seen: jax.Array, now: jax.Array) -> jax.Array
 
 def project(state: MovementState, updates: Any, params: Any) -> Any:
     """Updates that bring pruned weights to exactly zero, if applied as they are."""
-    direction = jnp.asarray(_DIRECTIONS)[state.events.turned]
+    direction = jnp.where(state.events.turned == TURNED, 1.0, -1.0)
 
     def zero(mask: Any, update: Any, param: Any) -> Any:
         if _tree.is_hole(mask):

@@ -21,7 +21,6 @@ from movement_jax.counting import (
     MAX_COUNT,
     NO_KEY,
     TOP_KEY,
-    Candidates,
     Ranked,
     Tensor,
     count,
@@ -34,9 +33,15 @@ from movement_jax.counting import (
 from movement_jax.wide import Wide
 
 _SEARCHING, _TIES, _DONE = 0, 1, 2
-# Around a key from an earlier search, in steps of the key axis: the same, then within
-# 0.003 %, 0.2 % and 12 %, before it is forgotten.
-_REACH = (1, 2**8, 2**14, 2**20)
+# Around a key from an earlier search, in steps of the key axis: the same and within 3 %,
+# then within 25 %, before it is forgotten.
+_REACH = (2**18, 2**21)
+# Intervals of keys in which scores are taken to be spread evenly, and half the width of
+# what the guess then leaves, in standard deviations of its count.
+_EVEN = 21  # bits
+_SPREAD = 1.5
+# Passes that guesses may cost in the worst case, also after a hint that was wrong.
+_PATIENCE = (2, 6)
 
 
 def keep_top(scores: jax.Array, n_keep: jax.typing.ArrayLike) -> jax.Array:
@@ -115,7 +120,7 @@ def keep_masks(
     ranked = Ranked(scores, kept, tensors, starts)
 
     def body(carry: _Search) -> _Search:
-        tries, at, cut = _candidates(carry, size)
+        tries, at, cut = _candidates(carry, n_drop, size)
         counts = count(ranked, carry.below, at, cut)
         return _narrow(carry, tries, counts, n_drop, size)
 
@@ -152,16 +157,20 @@ def common_threshold(
     """
     weigh = np.broadcast_to(np.asarray(each, np.int32), most.shape)
     most = jnp.asarray(most, jnp.int32) * weigh
-    nothing, uncut = jnp.full_like(most, NO_KEY), jnp.zeros_like(most)
+    nothing = jnp.full_like(most, NO_KEY)
+    uncut = jnp.zeros((CANDIDATES, *most.shape), jnp.int32)
     starts = segment_starts(tensors, _zero(most))
     ranked = Ranked(scores, kept, tensors, starts)
     hint = jnp.int32(NO_KEY) if hint is None else hint
 
     def body(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         low, high, count_low, count_high, passes = carry
-        tries = _tries(low, high, hint, passes)
-        at = tuple(jnp.broadcast_to(key, most.shape) for key in tries)
-        counts = count(ranked, nothing, at, (uncut,) * CANDIDATES)
+        behind = wide.total(count_low)
+        missing = wide.to_float(wide.minus(n_drop, behind))
+        between = wide.to_float(wide.minus(wide.total(count_high), behind))
+        tries = _tries(low, high, missing, between, hint, passes)
+        at = jnp.broadcast_to(tries[:, None], uncut.shape)
+        counts = count(ranked, nothing, at, uncut)
         for key, n in zip(tries, counts):
             n = jnp.minimum(n * weigh, most)
             enough = wide.at_least(wide.total(n), n_drop)
@@ -174,9 +183,15 @@ def common_threshold(
 
     ends = jnp.int32(NO_KEY), jnp.int32(TOP_KEY)
     start = (*ends, jnp.zeros_like(most), most, jnp.int32(0))
-    _, high, count_low, count_high, _ = lax.while_loop(
-        lambda carry: distance(carry[0], carry[1]) > 1, body, start
-    )
+
+    def goes_on(carry: tuple[jax.Array, ...]) -> jax.Array:
+        low, high, _, count_high, _ = carry
+        # Not if it was counted exactly: then all that was counted is dropped.
+        return (distance(low, high) > 1) & ~wide.at_least(
+            n_drop, wide.total(count_high)
+        )
+
+    _, high, count_low, count_high, _ = lax.while_loop(goes_on, body, start)
     ties = count_high - count_low
     missing = wide.minus(n_drop, wide.total(count_low))
     quota = wide.clipped(wide.minus(missing, wide.sums_after(ties)), ties)
@@ -193,6 +208,8 @@ class _Search:
     phase: jax.Array
     low: jax.Array  # with this key, or this many trailing indices, too few are dropped
     high: jax.Array  # and with this one enough
+    count_low: jax.Array  # how many are dropped with these
+    count_high: jax.Array
     below: jax.Array  # key up to which everything is dropped
     at: jax.Array  # key up to which trailing indices are dropped
     hint: jax.Array
@@ -206,6 +223,8 @@ def _start(n_drop: jax.Array, size: jax.Array, hint: jax.Array) -> _Search:
         phase=jnp.where(nothing, _DONE, _SEARCHING).astype(jnp.int32),
         low=lowest,
         high=jnp.where(nothing, size, -lowest),
+        count_low=jnp.zeros_like(n_drop),
+        count_high=size,
         below=lowest,
         at=lowest,
         hint=jnp.broadcast_to(hint, n_drop.shape),
@@ -214,42 +233,96 @@ def _start(n_drop: jax.Array, size: jax.Array, hint: jax.Array) -> _Search:
 
 
 def _candidates(
-    carry: _Search, size: jax.Array
-) -> tuple[Candidates, Candidates, Candidates]:
+    carry: _Search, n_drop: jax.Array, size: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What to try next; as keys and as index cuts to count at."""
     searching = carry.phase == _SEARCHING
     hint = jnp.where(searching, carry.hint, NO_KEY)
-    tries = _tries(carry.low, carry.high, hint, carry.passes)
-    at = tuple(jnp.where(searching, key, carry.at) for key in tries)
-    cut = tuple(jnp.where(searching, 0, size - n) for n in tries)
+    missing = (n_drop - carry.count_low).astype(jnp.float32)
+    between = (carry.count_high - carry.count_low).astype(jnp.float32)
+    tries = _tries(carry.low, carry.high, missing, between, hint, carry.passes)
+    at = jnp.where(searching, tries, carry.at)
+    cut = jnp.where(searching, 0, size - tries)
     return tries, at, cut
 
 
 def _tries(
-    low: jax.Array, high: jax.Array, hint: jax.Array, passes: jax.Array
-) -> Candidates:
-    """Values to count at: ever further around the hint, until the interval is split."""
+    low: jax.Array,
+    high: jax.Array,
+    missing: jax.Array,
+    between: jax.Array,
+    hint: jax.Array,
+    passes: jax.Array,
+) -> jax.Array:
+    """Values to count at.
+
+    Around the hint; then cuts of the interval, or where the value must lie if counts
+    rise evenly within it. If they do not, guesses end before they have cost much.
+
+    Args:
+      low: lower end of the interval. Of any shape, int32.
+      high: upper end.
+      missing: how many more than at ``low`` are to be counted. float32.
+      between: how many more are counted at ``high``.
+      hint: a value to look around first, ``NO_KEY`` if there is none.
+      passes: how many were made. Shape ``()``, int32.
+
+    Returns:
+      Shape ``(CANDIDATES, *low.shape)``, int32.
+    """
+    steps = np.array([-1, 0, 1]).reshape(3, *(1 for _ in low.shape))
     unknown = (low == NO_KEY) | (high == TOP_KEY)
-    hinted = unknown & (hint > NO_KEY) & (passes < len(_REACH))
-    reach = jnp.asarray(_REACH, jnp.int32)[jnp.minimum(passes, len(_REACH) - 1)]
+    given = hint > NO_KEY
+    hinted = unknown & given & (passes < len(_REACH))
+    reach = jnp.where(passes == 0, *(np.int32(reach) for reach in _REACH))
     # Short of `high`: beyond +inf nothing would be counted, and the search not end.
-    around = [jnp.clip(hint + step * reach, low, high - 1) for step in (-1, 0, 1)]
-    return tuple(jnp.where(hinted, a, p) for a, p in zip(around, split(low, high)))
+    around = jnp.clip(hint + steps.astype(np.int32) * reach, low, high - 1)
+
+    width = distance(low, high)
+    most = 32 + 2 * jnp.where(given, _PATIENCE[1], _PATIENCE[0]) - 2 * passes
+    even = (width > 2 * (CANDIDATES + 1)) & (
+        width <= jnp.uint32(1) << jnp.clip(most, 0, _EVEN).astype(jnp.uint32)
+    )
+    between = jnp.maximum(between, 1)
+    part = jnp.clip((missing - 0.5) / between, 0, 1)
+    error = _SPREAD * jnp.sqrt(part * (1 - part) / between) + 0.5 / between
+    length = jnp.where(even, width, 2).astype(jnp.float32)
+    guess = part * length + steps.astype(np.float32) * jnp.maximum(error * length, 1)
+    guess = low + jnp.clip(guess, 1, length - 1).astype(jnp.int32)
+
+    cuts = jnp.where(even, guess, split(low, high))
+    return jnp.where(hinted, around, cuts)
 
 
 def _narrow(
     carry: _Search,
-    tries: Candidates,
-    counts: Candidates,
+    tries: jax.Array,
+    counts: jax.Array,
     n_drop: jax.Array,
     size: jax.Array,
 ) -> _Search:
-    low, high = carry.low, carry.high
-    hit = jnp.zeros_like(n_drop, dtype=bool)
-    for value, n in zip(tries, counts):
-        low = jnp.where(n < n_drop, jnp.maximum(low, value), low)
-        high = jnp.where(n >= n_drop, jnp.minimum(high, value), high)
-        hit |= n == n_drop
+    enough = counts >= n_drop
+    # One reduction of all: to XLA for CPU five programs else, each of which would make
+    # its candidates anew. Counts rise with what they are counted at.
+    lowest, highest = np.int32(-(2**31)), np.int32(2**31 - 1)
+    low, high, count_low, count_high, hit = lax.reduce(
+        (
+            jnp.where(enough, carry.low, jnp.maximum(carry.low, tries)),
+            jnp.where(enough, jnp.minimum(carry.high, tries), carry.high),
+            jnp.where(enough, carry.count_low, counts),
+            jnp.where(enough, counts, carry.count_high),
+            counts == n_drop,
+        ),
+        (lowest, highest, lowest, highest, np.bool_(False)),
+        lambda a, b: (
+            jnp.maximum(a[0], b[0]),
+            jnp.minimum(a[1], b[1]),
+            jnp.maximum(a[2], b[2]),
+            jnp.minimum(a[3], b[3]),
+            a[4] | b[4],
+        ),
+        (0,),
+    )
     settled = hit | (distance(low, high) <= 1)
     searching, ties = carry.phase == _SEARCHING, carry.phase == _TIES
 
@@ -265,6 +338,8 @@ def _narrow(
         at=jnp.where(found | tied, high, carry.at),
         low=jnp.where(tied, 0, low),
         high=jnp.where(found | tied, size, high),
+        count_low=count_low,
+        count_high=count_high,
         hint=carry.hint,
         passes=carry.passes + 1,
     )

@@ -239,13 +239,17 @@ def _apply(state: MovementState, params: Any, updates: Any) -> Any:
 
 
 def _all_finite(tree: Any, axis_name: tuple[str, ...]) -> jax.Array:
-    checks = []
+    broken = []
     for leaf in jax.tree.leaves(tree):
         if jnp.issubdtype(getattr(leaf, "dtype", float), jnp.inexact):
-            axes = counting.split_axes(leaf, axis_name)
-            broken = ~jnp.all(jnp.isfinite(leaf))
-            checks.append(counting.sum_over(broken.astype(jnp.int32), axes) == 0)
-    return jnp.all(jnp.stack(checks)) if checks else jnp.bool_(True)
+            here = counting.anywhere([jnp.isnan(leaf), jnp.isinf(leaf)])
+            if axes := counting.split_axes(leaf, axis_name):
+                here = [counting.sum_over(x.astype(jnp.int32), axes) > 0 for x in here]
+            broken.append(here)
+    if not broken:
+        return jnp.bool_(True)
+    # A reduction, where XLA would compute a chain of `or` again for every leaf.
+    return ~jnp.logical_or(*counting.anywhere([jnp.stack(x) for x in zip(*broken)]))
 
 
 def _check_arguments(

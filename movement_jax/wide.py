@@ -39,6 +39,11 @@ def sums_after(counts: jax.Array) -> Wide:
     return _carried(after(counts >> BITS), after(counts & _mask()))
 
 
+def to_float(a: Wide) -> jax.Array:
+    """The nearest float32, or nearly."""
+    return a.high.astype(jnp.float32) * 2.0**BITS + a.low.astype(jnp.float32)
+
+
 def at_least(a: Wide, b: Wide) -> jax.Array:
     """``a >= b``, bool."""
     return (a.high > b.high) | ((a.high == b.high) & (a.low >= b.low))
