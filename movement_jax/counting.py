@@ -17,7 +17,6 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-CANDIDATES = 3  # per pass: what a TPU counts in the time it takes to read the scores
 MAX_COUNT = 2**31 - 1
 _LARGEST_SUBNORMAL = 0x007FFFFF
 TOP_KEY = 0x7F800000 - _LARGEST_SUBNORMAL + 1  # one above the key of +inf
@@ -35,6 +34,7 @@ class Tensor:
       block: where groups of weights are ranked, how many of them a group spans along
         each axis; else ``()``.
       axes: manual mesh axes (of ``shard_map`` or ``pmap``) that it is split over.
+      absolute: whether it is ranked by magnitude.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Tensor:
     stacked: int = 0
     block: tuple[int, ...] = ()
     axes: tuple[str, ...] = ()
+    absolute: bool = False
 
     @property
     def leading(self) -> int:
@@ -172,36 +173,61 @@ def _reduce(
     )
 
 
-def count(
+def count(ranked: Ranked, keys: jax.Array) -> jax.Array:
+    """How many scores of every segment lie at or below each of several keys.
+
+    Args:
+      ranked: what is counted.
+      keys: shape ``(n, segments)``, int32.
+
+    Returns:
+      Shape ``(n, segments)``, int32.
+    """
+    return _counts(
+        [
+            _count_keys(x, kept, table, tensor, start)
+            for (x, kept, table, _), tensor, start in _hidden(ranked, _table([keys]))
+        ]
+    )
+
+
+def count_ties(
     ranked: Ranked, below: jax.Array, at: jax.Array, cut: jax.Array
 ) -> jax.Array:
-    """How many scores each candidate drops in every segment.
+    """How many scores are dropped in every segment, for each of several cuts.
 
     Those at or below key ``below``, and those at or below key ``at`` whose flat index
     is at least ``cut``.
 
     Args:
       ranked: what is counted.
-      below: shape ``(segments,)``, int32.
-      at: shape ``(CANDIDATES, segments)``, int32.
-      cut: shape ``(CANDIDATES, segments)``, int32.
+      below: shape ``(1, segments)``, int32.
+      at: shape ``(1, segments)``, int32.
+      cut: shape ``(n, segments)``, int32.
 
     Returns:
-      Shape ``(CANDIDATES, segments)``, int32.
+      Shape ``(n, segments)``, int32.
     """
-    counts = [
-        _count_one(*operands, tensor, start)
-        for operands, tensor, start in _hidden(ranked, _table(below[None], at, cut))
-    ]
-    # One concatenation for all, candidate by candidate.
-    table = jnp.concatenate([one[j] for j in range(CANDIDATES) for one in counts])
-    return table.reshape(CANDIDATES, -1)
+    table = _table([below, at], cut)
+    return _counts(
+        [
+            _count_cuts(*operands, tensor, start)
+            for operands, tensor, start in _hidden(ranked, table)
+        ]
+    )
 
 
 def masks(
     ranked: Ranked, below: jax.Array, at: jax.Array, cut: jax.Array
 ) -> list[jax.Array]:
-    """What is kept if everything is dropped that :func:`count` would count."""
+    """What is kept if everything is dropped that :func:`count_ties` would count.
+
+    Args:
+      ranked: what is counted.
+      below: shape ``(1, segments)``, int32.
+      at: shape ``(1, segments)``, int32.
+      cut: shape ``(1, segments)``, int32.
+    """
     tensors = tuple(ranked.tensors)
     return _masks(ranked._replace(tensors=()), tensors, below, at, cut)
 
@@ -215,7 +241,7 @@ def _masks(
     at: jax.Array,
     cut: jax.Array,
 ) -> list[jax.Array]:
-    table = _table(below[None], at[None], cut[None])
+    table = _table([below, at], cut)
     return [
         _mask_one(*operands, tensor, start)
         for operands, tensor, start in _hidden(ranked._replace(tensors=tensors), table)
@@ -227,12 +253,11 @@ def sum_over(values: Any, axes: tuple[str, ...]) -> Any:
     return lax.psum(values, axes) if axes else values
 
 
-def split(low: jax.Array, high: jax.Array) -> jax.Array:
-    """Cuts intervals into ``CANDIDATES + 1`` parts, inside their ends if it can."""
+def split(low: jax.Array, high: jax.Array, n: int) -> jax.Array:
+    """Cuts intervals into ``n + 1`` parts, inside their ends if it can."""
     width = distance(low, high)
-    part = width // (CANDIDATES + 1) + (width % (CANDIDATES + 1) > 0)
-    parts = np.arange(1, CANDIDATES + 1, dtype=np.uint32)
-    parts = parts.reshape(CANDIDATES, *(1 for _ in low.shape))
+    part = width // (n + 1) + (width % (n + 1) > 0)
+    parts = np.arange(1, n + 1, dtype=np.uint32)[:, None]
     offsets = jnp.minimum(part * parts, jnp.maximum(width, 1) - 1)
     return low + lax.bitcast_convert_type(offsets, jnp.int32)
 
@@ -243,10 +268,17 @@ def distance(low: jax.Array, high: jax.Array) -> jax.Array:
     return as_uint(high) - as_uint(low)
 
 
-def _table(below: jax.Array, at: jax.Array, cut: jax.Array) -> jax.Array:
+def _table(keys: Sequence[jax.Array], *cuts: jax.Array) -> jax.Array:
     """Thresholds and cuts in one array: what XLA for CPU computes for all tensors."""
-    keys = [lax.bitcast_convert_type(_to_float(x), jnp.int32) for x in (below, at)]
-    return jnp.concatenate([*keys, cut])
+    thresholds = [lax.bitcast_convert_type(_to_float(x), jnp.int32) for x in keys]
+    return jnp.concatenate([*thresholds, *cuts])
+
+
+def _counts(found: Sequence[Sequence[jax.Array]]) -> jax.Array:
+    """A table of what was counted in each tensor, by one concatenation."""
+    n = len(found[0])
+    table = jnp.concatenate([one[j] for j in range(n) for one in found])
+    return table.reshape(n, -1)
 
 
 def _hidden(ranked: Ranked, table: jax.Array) -> Iterator[tuple[Any, ...]]:
@@ -264,9 +296,22 @@ def _hidden(ranked: Ranked, table: jax.Array) -> Iterator[tuple[Any, ...]]:
         yield operands, dataclasses.replace(tensor, name=""), start
 
 
-# A function of its own, to be traced once for all tensors of a shape.
+# Functions of their own, to be traced once for all tensors of a shape.
+@functools.partial(jax.jit, static_argnums=3)
+def _count_keys(
+    x: jax.Array,
+    kept: jax.Array | None,
+    table: jax.Array,
+    tensor: Tensor,
+    start: jax.Array,
+) -> list[jax.Array]:
+    x = _rank(x, kept, tensor)
+    thresholds = _as_float(_rows(table, tensor, start))
+    return _sums([x <= threshold for threshold in thresholds], tensor)
+
+
 @functools.partial(jax.jit, static_argnums=4)
-def _count_one(
+def _count_cuts(
     x: jax.Array,
     kept: jax.Array | None,
     table: jax.Array,
@@ -274,12 +319,10 @@ def _count_one(
     tensor: Tensor,
     start: jax.Array,
 ) -> list[jax.Array]:
-    x, index = _rank(x, kept), _index(x, tensor, one)
-    below, at, cut = _rows(table, tensor, start)
-    operands = [_dropped(x, index, below, a, c) for a, c in zip(at, cut)]
-    sums = tally(operands, tuple(range(tensor.leading, len(tensor.shape))))
-    counts = [_replicated(s).reshape(tensor.segments) for s in sums]
-    return sum_over(counts, tensor.axes)
+    x, index = _rank(x, kept, tensor), _index(x, tensor, one)
+    rows = _rows(table, tensor, start)
+    below, at = _as_float(rows[:2])
+    return _sums([_dropped(x, index, below, at, cut) for cut in rows[2:]], tensor)
 
 
 @functools.partial(jax.jit, static_argnums=4)
@@ -291,15 +334,14 @@ def _mask_one(
     tensor: Tensor,
     start: jax.Array,
 ) -> jax.Array:
-    x, index = _rank(x, kept), _index(x, tensor, one)
-    below, (at,), (cut,) = _rows(table, tensor, start)
+    x, index = _rank(x, kept, tensor), _index(x, tensor, one)
+    *keys, cut = _rows(table, tensor, start)
+    below, at = _as_float(keys)
     return ~_dropped(x, index, below, at, cut)
 
 
-def _rows(
-    table: jax.Array, tensor: Tensor, start: jax.Array
-) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
-    """What a table says of a tensor, shaped to compare with it."""
+def _rows(table: jax.Array, tensor: Tensor, start: jax.Array) -> list[jax.Array]:
+    """What a table says of a tensor, row by row, shaped to compare with it."""
     own = lax.dynamic_slice(
         table,
         (np.int32(0), start),
@@ -307,10 +349,19 @@ def _rows(
         allow_negative_indices=False,
     )
     lead = tensor.shape[: tensor.leading]
-    rows = own.reshape(-1, *lead, *(1 for _ in tensor.shape[tensor.leading :]))
-    n = len(table) // 2
-    below, *at = (lax.bitcast_convert_type(row, jnp.float32) for row in rows[: n + 1])
-    return below, at, list(rows[n + 1 :])
+    own = own.reshape(-1, *lead, *(1 for _ in tensor.shape[tensor.leading :]))
+    return list(own)
+
+
+def _as_float(rows: Sequence[jax.Array]) -> list[jax.Array]:
+    return [lax.bitcast_convert_type(row, jnp.float32) for row in rows]
+
+
+def _sums(predicates: Sequence[jax.Array], tensor: Tensor) -> list[jax.Array]:
+    """How often each holds in every segment, on all devices."""
+    sums = tally(predicates, tuple(range(tensor.leading, len(tensor.shape))))
+    counts = [_replicated(s).reshape(tensor.segments) for s in sums]
+    return sum_over(counts, tensor.axes)
 
 
 def _replicated(counts: jax.Array) -> jax.Array:
@@ -334,8 +385,10 @@ def _dropped(
     return x <= jnp.where(index >= cut, at, below)
 
 
-def _rank(x: jax.Array, kept: jax.Array | None) -> jax.Array:
+def _rank(x: jax.Array, kept: jax.Array | None, tensor: Tensor) -> jax.Array:
     x = x.astype(jnp.float32)
+    if tensor.absolute:
+        x = jnp.abs(x)
     if kept is None:
         return x
     # What is dropped already lies strictly below everything, also below -inf.

@@ -1,5 +1,6 @@
 """When masks change, and what to: scores, allocation and selection brought together."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +13,9 @@ from movement_jax import allocation as _allocation
 from movement_jax import counting, grouping, position, schedules, selection
 from movement_jax import structure as _structure
 from movement_jax.counting import Tensor
+from movement_jax.criteria import Magnitude
 from movement_jax.state import MovementState, PruningConfig, tensors_of
-from movement_jax.structure import NM
+from movement_jax.structure import NM, Unstructured
 
 _ROUNDING = 1e-6  # of a third, written down
 
@@ -107,8 +109,10 @@ def change_masks(
     Returns:
       New masks and thresholds, like those of ``state``.
     """
-    scores = state.config.criterion.scores(state.scores, weights)
     kept = None if state.config.regrow else state.masks
+    if type(state.config.criterion) is Magnitude:
+        return masks_from(weights, state, target, kept, starts, absolute=True)
+    scores = state.config.criterion.scores(state.scores, weights)
     return masks_from(scores, state, target, kept, starts)
 
 
@@ -118,6 +122,7 @@ def masks_from(
     target: schedules.Target,
     kept: Any = None,
     starts: Sequence[jax.Array] | None = None,
+    absolute: bool = False,
 ) -> tuple[Any, jax.Array]:
     """Masks of the highest of any scores, spread as ``state`` is configured to.
 
@@ -128,6 +133,7 @@ def masks_from(
       target: fraction to drop, and how far a schedule has come.
       kept: masks that may only shrink, or None.
       starts: as for :func:`movement_jax.selection.keep_masks`.
+      absolute: whether the magnitude of ``scores`` counts, which is not stored then.
 
     Returns:
       New masks and thresholds, like those of ``state``.
@@ -137,7 +143,7 @@ def masks_from(
     structure = jax.tree.structure(state.masks)
     leaves = structure.flatten_up_to(scores)
     old = None if kept is None else structure.flatten_up_to(kept)
-    new, thresholds = _masks_from(leaves, state, target, old, starts)
+    new, thresholds = _masks_from(leaves, state, target, old, starts, absolute)
     if old is not None:
         new = [a & b for a, b in zip(new, old)]
     return structure.unflatten(new), thresholds
@@ -149,6 +155,7 @@ def _masks_from(
     target: schedules.Target,
     kept: list[jax.Array] | None,
     starts: Sequence[jax.Array] | None,
+    absolute: bool,
 ) -> tuple[list[jax.Array], jax.Array]:
     """Windows by themselves; all else as groups, ranked by the allocation's counts."""
     config, masks = state.config, {}
@@ -158,6 +165,10 @@ def _masks_from(
         own, old = _structure.structure_of(config.structure, tensor.name), None
         if kept is not None:
             old = kept[i]
+        if isinstance(own, Unstructured):
+            tensor = dataclasses.replace(tensor, absolute=absolute)
+        elif absolute:
+            x = jnp.abs(x)
         if isinstance(own, NM):
             n_drop = _allocation.window_drop(
                 config.allocation, target, tensor.name, own.m

@@ -7,7 +7,7 @@ devices, nothing the size of a tensor is stored, and nothing is flattened.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +17,12 @@ from jax import lax
 from movement_jax import wide
 from movement_jax.arguments import plain
 from movement_jax.counting import (
-    CANDIDATES,
     MAX_COUNT,
     NO_KEY,
-    TOP_KEY,
     Ranked,
     Tensor,
     count,
+    count_ties,
     distance,
     masks,
     segment_starts,
@@ -32,16 +31,17 @@ from movement_jax.counting import (
 )
 from movement_jax.wide import Wide
 
-_SEARCHING, _TIES, _DONE = 0, 1, 2
-# Around a key from an earlier search, in steps of the key axis: the same and within 3 %,
-# then within 25 %, before it is forgotten.
-_REACH = (2**18, 2**21)
-# Intervals of keys in which scores are taken to be spread evenly, and half the width of
-# what the guess then leaves, in standard deviations of its count.
-_EVEN = 21  # bits
-_SPREAD = 1.5
-# Passes that guesses may cost in the worst case, also after a hint that was wrong.
-_PATIENCE = (2, 6)
+# Candidates are as many a pass as a TPU counts in the time it takes to read the scores,
+# and fewer where their places are compared as well.
+CANDIDATES = 7
+_TIES = 3
+# Around a key from an earlier search, in steps of the key axis: the same, and within
+# .8, 6 and 50 %.
+_REACH = np.array([-(2**22), -(2**19), -(2**16), 0, 2**16, 2**19, 2**22], np.int32)
+# Around a guess, in standard deviations of the count up to it.
+_SPREAD = {CANDIDATES: (-3, -1.5, -0.5, 0, 0.5, 1.5, 3), _TIES: (-1.5, 0, 1.5)}
+_EVEN = 2**22  # widest interval in which values are guessed to be spread evenly
+_GUESSES = 6  # passes in which it may be guessed; two or three are lost if it is wrong
 
 
 def keep_top(scores: jax.Array, n_keep: jax.typing.ArrayLike) -> jax.Array:
@@ -112,22 +112,32 @@ def keep_masks(
       One bool mask per tensor, True where kept, and the keys of the thresholds.
     """
     n_drop = jnp.asarray(n_drop, jnp.int32)
-    size = jnp.asarray(sizes(tensors), jnp.int32)
-    if hint is None:
-        hint = jnp.int32(NO_KEY)
+    hint = jnp.asarray(NO_KEY if hint is None else hint, jnp.int32)
     if starts is None:
         starts = segment_starts(tensors, _zero(n_drop))
     ranked = Ranked(scores, kept, tensors, starts)
 
-    def body(carry: _Search) -> _Search:
-        tries, at, cut = _candidates(carry, n_drop, size)
-        counts = count(ranked, carry.below, at, cut)
-        return _narrow(carry, tries, counts, n_drop, size)
-
-    end = lax.while_loop(
-        lambda carry: jnp.any(carry.phase != _DONE), body, _start(n_drop, size, hint)
+    row = (1, *n_drop.shape)
+    n_drop, size = n_drop.reshape(row), jnp.asarray(sizes(tensors), jnp.int32)[None]
+    nothing = n_drop <= 0
+    lowest = jnp.full(row, NO_KEY, jnp.int32)
+    key = _search(
+        lambda tries: count(ranked, tries),
+        _Search(lowest, -lowest, jnp.zeros_like(n_drop), size, nothing),
+        _Each(n_drop),
+        jnp.broadcast_to(hint, row),
     )
-    return masks(ranked, end.below, end.at, size - end.high), end.at
+    # If no key was counted exactly, scores are tied at the first that has enough, and
+    # only those at the end are dropped.
+    last = _search(
+        lambda tries: count_ties(ranked, key.low, key.high, size - tries),
+        dataclasses.replace(key, low=jnp.zeros_like(size), high=size),
+        _Each(n_drop),
+        candidates=_TIES,
+    )
+    at = jnp.where(nothing, NO_KEY, key.high)
+    cut = jnp.where(key.exact, 0, size - last.high)
+    return masks(ranked, jnp.minimum(key.low, at), at, cut), at[0]
 
 
 def common_threshold(
@@ -155,163 +165,145 @@ def common_threshold(
       How many each segment drops, shape ``(segments,)``, and the threshold's key. Of
       scores equal to the threshold, those of earlier segments are kept.
     """
-    weigh = np.broadcast_to(np.asarray(each, np.int32), most.shape)
-    most = jnp.asarray(most, jnp.int32) * weigh
-    nothing = jnp.full_like(most, NO_KEY)
-    uncut = jnp.zeros((CANDIDATES, *most.shape), jnp.int32)
-    starts = segment_starts(tensors, _zero(most))
-    ranked = Ranked(scores, kept, tensors, starts)
-    hint = jnp.int32(NO_KEY) if hint is None else hint
-
-    def body(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        low, high, count_low, count_high, passes = carry
-        behind = wide.total(count_low)
-        missing = wide.to_float(wide.minus(n_drop, behind))
-        between = wide.to_float(wide.minus(wide.total(count_high), behind))
-        tries = _tries(low, high, missing, between, hint, passes)
-        at = jnp.broadcast_to(tries[:, None], uncut.shape)
-        counts = count(ranked, nothing, at, uncut)
-        for key, n in zip(tries, counts):
-            n = jnp.minimum(n * weigh, most)
-            enough = wide.at_least(wide.total(n), n_drop)
-            raises, lowers = ~enough & (key > low), enough & (key < high)
-            low = jnp.where(raises, key, low)
-            count_low = jnp.where(raises, n, count_low)
-            high = jnp.where(lowers, key, high)
-            count_high = jnp.where(lowers, n, count_high)
-        return low, high, count_low, count_high, passes + 1
-
-    ends = jnp.int32(NO_KEY), jnp.int32(TOP_KEY)
-    start = (*ends, jnp.zeros_like(most), most, jnp.int32(0))
-
-    def goes_on(carry: tuple[jax.Array, ...]) -> jax.Array:
-        low, high, _, count_high, _ = carry
-        # Not if it was counted exactly: then all that was counted is dropped.
-        return (distance(low, high) > 1) & ~wide.at_least(
-            n_drop, wide.total(count_high)
-        )
-
-    _, high, count_low, count_high, _ = lax.while_loop(goes_on, body, start)
-    ties = count_high - count_low
+    row = (1, *most.shape)
+    weigh = np.broadcast_to(np.asarray(each, np.int32), row)
+    most = jnp.asarray(most, jnp.int32).reshape(row) * weigh
+    ranked = Ranked(scores, kept, tensors, segment_starts(tensors, _zero(most[0])))
+    lowest = jnp.full(row, NO_KEY, jnp.int32)
+    found = _search(
+        lambda tries: jnp.minimum(count(ranked, tries) * weigh, most),
+        _Search(lowest, -lowest, jnp.zeros_like(most), most, most < 0),
+        _Together(n_drop),
+        jnp.asarray(NO_KEY if hint is None else hint, jnp.int32),
+    )
+    # Of an exact count everything is dropped, else of the ties at the threshold.
+    count_low, ties = found.count_low[0], (found.count_high - found.count_low)[0]
     missing = wide.minus(n_drop, wide.total(count_low))
     quota = wide.clipped(wide.minus(missing, wide.sums_after(ties)), ties)
     anything = wide.at_least(n_drop, wide.from_int(1))
-    return jnp.where(anything, (count_low + quota) // weigh, 0), high
+    dropped = jnp.where(anything, (count_low + quota) // weigh[0], 0)
+    return dropped, found.high[0, 0]
 
 
-# One search per segment, all in one loop: every field has one entry per segment, but
-# for `passes`. It looks for the key that the last dropped score has; then, if scores
-# are tied there, for how many of the trailing indices are dropped of them.
+# One search per segment, all in one loop: every field has shape `(1, segments)`.
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Search:
-    phase: jax.Array
-    low: jax.Array  # with this key, or this many trailing indices, too few are dropped
-    high: jax.Array  # and with this one enough
-    count_low: jax.Array  # how many are dropped with these
+    low: jax.Array  # at this value too few are counted
+    high: jax.Array  # and at this one enough
+    count_low: jax.Array  # how many that are
     count_high: jax.Array
-    below: jax.Array  # key up to which everything is dropped
-    at: jax.Array  # key up to which trailing indices are dropped
-    hint: jax.Array
-    passes: jax.Array
+    exact: jax.Array  # as many as are asked for, or none are
 
 
-def _start(n_drop: jax.Array, size: jax.Array, hint: jax.Array) -> _Search:
-    lowest = jnp.full_like(n_drop, NO_KEY)
-    nothing = n_drop <= 0
-    return _Search(
-        phase=jnp.where(nothing, _DONE, _SEARCHING).astype(jnp.int32),
-        low=lowest,
-        high=jnp.where(nothing, size, -lowest),
-        count_low=jnp.zeros_like(n_drop),
-        count_high=size,
-        below=lowest,
-        at=lowest,
-        hint=jnp.broadcast_to(hint, n_drop.shape),
-        passes=jnp.int32(0),
-    )
+@dataclasses.dataclass(frozen=True)
+class _Each:
+    """A count for every segment."""
+
+    n_drop: jax.Array  # shape (1, segments)
+
+    def judge(self, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Whether counts are enough, and whether they are exact."""
+        return counts >= self.n_drop, counts == self.n_drop
+
+    def rest(self, counts: jax.Array) -> jax.Array:
+        """How far it is from counts to what is asked for. float32."""
+        return (self.n_drop - counts).astype(jnp.float32)
 
 
-def _candidates(
-    carry: _Search, n_drop: jax.Array, size: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What to try next; as keys and as index cuts to count at."""
-    searching = carry.phase == _SEARCHING
-    hint = jnp.where(searching, carry.hint, NO_KEY)
-    missing = (n_drop - carry.count_low).astype(jnp.float32)
-    between = (carry.count_high - carry.count_low).astype(jnp.float32)
-    tries = _tries(carry.low, carry.high, missing, between, hint, carry.passes)
-    at = jnp.where(searching, tries, carry.at)
-    cut = jnp.where(searching, 0, size - tries)
-    return tries, at, cut
+@dataclasses.dataclass(frozen=True)
+class _Together:
+    """One count for all segments together."""
+
+    n_drop: Wide
+
+    def judge(self, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """As that of :class:`_Each`."""
+        total = wide.total(counts, axis=-1)
+        enough = wide.at_least(total, self.n_drop)[:, None]
+        return enough, enough & wide.at_least(self.n_drop, total)[:, None]
+
+    def rest(self, counts: jax.Array) -> jax.Array:
+        """As that of :class:`_Each`."""
+        return wide.to_float(wide.minus(self.n_drop, wide.total(counts)))
+
+
+def _search(
+    counts_at: Callable[[jax.Array], jax.Array],
+    start: _Search,
+    goal: _Each | _Together,
+    hint: jax.Array | None = None,
+    candidates: int = CANDIDATES,
+) -> _Search:
+    """Narrows intervals until their ends are next to each other, or one is exact.
+
+    Args:
+      counts_at: counts that do not fall with the values they are counted at. Takes and
+        returns shape ``(candidates, segments)``, int32.
+      start: the intervals.
+      goal: what is to be counted.
+      hint: values to look around first, if they are not ``NO_KEY``. Shape ``()`` or
+        ``(1, segments)``, int32.
+      candidates: values to count at in every pass.
+    """
+
+    def body(carry: tuple[_Search, jax.Array]) -> tuple[_Search, jax.Array]:
+        now, passes = carry
+        tries = _tries(now, goal, passes, hint, candidates)
+        return _narrow(now, tries, counts_at(tries), goal), passes + 1
+
+    def goes_on(carry: tuple[_Search, jax.Array]) -> jax.Array:
+        now, _ = carry
+        return jnp.any(~now.exact & (distance(now.low, now.high) > 1))
+
+    return lax.while_loop(goes_on, body, (start, jnp.int32(0)))[0]
 
 
 def _tries(
-    low: jax.Array,
-    high: jax.Array,
-    missing: jax.Array,
-    between: jax.Array,
-    hint: jax.Array,
+    now: _Search,
+    goal: _Each | _Together,
     passes: jax.Array,
+    hint: jax.Array | None,
+    candidates: int,
 ) -> jax.Array:
-    """Values to count at.
+    """Values to count at. Shape ``(candidates, segments)``, int32.
 
-    Around the hint; then cuts of the interval, or where the value must lie if counts
-    rise evenly within it. If they do not, guesses end before they have cost much.
-
-    Args:
-      low: lower end of the interval. Of any shape, int32.
-      high: upper end.
-      missing: how many more than at ``low`` are to be counted. float32.
-      between: how many more are counted at ``high``.
-      hint: a value to look around first, ``NO_KEY`` if there is none.
-      passes: how many were made. Shape ``()``, int32.
-
-    Returns:
-      Shape ``(CANDIDATES, *low.shape)``, int32.
+    First around the hint; then where the value must lie if counts rise evenly within
+    the interval, as far as that helps; then the interval is cut into equal parts.
     """
-    steps = np.array([-1, 0, 1]).reshape(3, *(1 for _ in low.shape))
-    unknown = (low == NO_KEY) | (high == TOP_KEY)
-    given = hint > NO_KEY
-    hinted = unknown & given & (passes < len(_REACH))
-    reach = jnp.where(passes == 0, *(np.int32(reach) for reach in _REACH))
-    # Short of `high`: beyond +inf nothing would be counted, and the search not end.
-    around = jnp.clip(hint + steps.astype(np.int32) * reach, low, high - 1)
-
+    low, high = now.low, now.high
+    missing = goal.rest(now.count_low)
+    between = jnp.maximum(missing - goal.rest(now.count_high), 1)
     width = distance(low, high)
-    most = 32 + 2 * jnp.where(given, _PATIENCE[1], _PATIENCE[0]) - 2 * passes
-    even = (width > 2 * (CANDIDATES + 1)) & (
-        width <= jnp.uint32(1) << jnp.clip(most, 0, _EVEN).astype(jnp.uint32)
-    )
-    between = jnp.maximum(between, 1)
-    part = jnp.clip((missing - 0.5) / between, 0, 1)
-    error = _SPREAD * jnp.sqrt(part * (1 - part) / between) + 0.5 / between
+    even = (passes < _GUESSES) & (width > 2 * candidates + 2) & (width <= _EVEN)
     length = jnp.where(even, width, 2).astype(jnp.float32)
-    guess = part * length + steps.astype(np.float32) * jnp.maximum(error * length, 1)
+    part = jnp.clip((missing - 0.5) / between, 0, 1)
+    error = jnp.sqrt(part * (1 - part) / between) + 0.5 / between
+    spread = np.array(_SPREAD[candidates], np.float32)[:, None]
+    guess = part * length + spread * jnp.maximum(error * length, 1)
     guess = low + jnp.clip(guess, 1, length - 1).astype(jnp.int32)
-
-    cuts = jnp.where(even, guess, split(low, high))
-    return jnp.where(hinted, around, cuts)
+    tries = jnp.where(even, guess, split(low, high, candidates))
+    if hint is None:
+        return tries
+    # Short of `high`: beyond +inf nothing would be counted, and the search not end.
+    around = jnp.clip(hint + _REACH[:, None], low, high - 1)
+    return jnp.where((hint > NO_KEY) & (passes == 0), around, tries)
 
 
 def _narrow(
-    carry: _Search,
-    tries: jax.Array,
-    counts: jax.Array,
-    n_drop: jax.Array,
-    size: jax.Array,
+    now: _Search, tries: jax.Array, counts: jax.Array, goal: _Each | _Together
 ) -> _Search:
-    enough = counts >= n_drop
+    enough, exact = goal.judge(counts)
     # One reduction of all: to XLA for CPU five programs else, each of which would make
-    # its candidates anew. Counts rise with what they are counted at.
+    # its candidates anew.
     lowest, highest = np.int32(-(2**31)), np.int32(2**31 - 1)
-    low, high, count_low, count_high, hit = lax.reduce(
+    found = lax.reduce(
         (
-            jnp.where(enough, carry.low, jnp.maximum(carry.low, tries)),
-            jnp.where(enough, jnp.minimum(carry.high, tries), carry.high),
-            jnp.where(enough, carry.count_low, counts),
-            jnp.where(enough, counts, carry.count_high),
-            counts == n_drop,
+            jnp.where(enough, now.low, jnp.maximum(now.low, tries)),
+            jnp.where(enough, jnp.minimum(now.high, tries), now.high),
+            jnp.where(enough, now.count_low, counts),
+            jnp.where(enough, counts, now.count_high),
+            now.exact | exact,
         ),
         (lowest, highest, lowest, highest, np.bool_(False)),
         lambda a, b: (
@@ -323,26 +315,7 @@ def _narrow(
         ),
         (0,),
     )
-    settled = hit | (distance(low, high) <= 1)
-    searching, ties = carry.phase == _SEARCHING, carry.phase == _TIES
-
-    # A key that was counted exactly is the threshold, with all that are tied there.
-    found, tied = searching & hit, searching & settled & ~hit
-    phase = jnp.where(tied, _TIES, carry.phase)
-    phase = jnp.where(found | (ties & settled), _DONE, phase)
-    done = carry.phase == _DONE
-    low, high = jnp.where(done, carry.low, low), jnp.where(done, carry.high, high)
-    return _Search(
-        phase=phase,
-        below=jnp.where(tied, low, carry.below),
-        at=jnp.where(found | tied, high, carry.at),
-        low=jnp.where(tied, 0, low),
-        high=jnp.where(found | tied, size, high),
-        count_low=count_low,
-        count_high=count_high,
-        hint=carry.hint,
-        passes=carry.passes + 1,
-    )
+    return _Search(*(x[None] for x in found))
 
 
 def _zero(counts: jax.Array) -> jax.Array:

@@ -25,9 +25,9 @@ def from_int(value: int) -> Wide:
     return Wide(jnp.int32(value >> BITS), jnp.int32(value & _mask()))
 
 
-def total(counts: jax.Array) -> Wide:
-    """Sum of int32 counts, at most ``2**(31 - BITS)`` of them. Shape ``()``."""
-    return _carried((counts >> BITS).sum(), (counts & _mask()).sum())
+def total(counts: jax.Array, axis: int | None = None) -> Wide:
+    """Sum of int32 counts, at most ``2**(31 - BITS)`` of them, over all axes or one."""
+    return _carried((counts >> BITS).sum(axis), (counts & _mask()).sum(axis))
 
 
 def sums_after(counts: jax.Array) -> Wide:

@@ -27,8 +27,8 @@ ALLOCATIONS = {"Uniform": mj.Uniform(), "Global": mj.Global()}
 
 
 def passes() -> int:
-    """Most passes of a search through 32 bits; ties take as many again."""
-    return math.ceil(32 / math.log2(selection.CANDIDATES + 1))
+    """Most passes of a search through 32 bits, with two guesses that do not help."""
+    return math.ceil(32 / math.log2(selection.CANDIDATES + 1)) + 2
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
