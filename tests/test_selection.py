@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import movement_jax as mj
 from movement_jax import selection, wide
-from movement_jax.counting import TOP_KEY, Tensor
+from movement_jax.counting import NO_KEY, TOP_KEY, Tensor
 
 SMALLEST_NORMAL = np.finfo(np.float32).smallest_normal
 SPECIAL = [
@@ -103,6 +103,73 @@ def test_a_wrong_hint_changes_no_mask(scores, part, hint):
     scores = jnp.asarray(scores, jnp.float32)
     got = drop_in_slices(scores, jnp.array([n_drop]), jnp.int32(hint), 0)
     np.testing.assert_array_equal(got, oracle(scores, n_drop))
+
+
+def distributions(n=20_000):
+    rng = np.random.default_rng(0)
+    normal = rng.normal(size=n).astype(np.float32)
+    return {
+        "normal": normal,
+        "magnitudes": np.abs(normal),
+        "lognormal": np.exp(4 * normal),
+        "uniform": rng.random(n, np.float32),
+        "bfloat16": normal.astype(ml_dtypes.bfloat16).astype(np.float32),
+        "mostly zero": np.where(rng.random(n) < 0.6, 0, normal).astype(np.float32),
+        "few values": np.round(normal),
+        "two far clusters": np.where(rng.random(n) < 0.5, 1e-30, 1e30) * normal,
+        "two near clusters": 1
+        + np.float32(1e-3) * (rng.random(n) < 0.5)
+        + 1e-6 * normal,
+        "a spike in the middle": np.where(rng.random(n) < 0.9, 0.5, normal),
+        "infinite": np.where(rng.random(n) < 0.5, -np.inf, normal),
+    }
+
+
+def test_a_search_ends_after_few_passes_whatever_the_scores_and_the_hint(
+    monkeypatch, capsys
+):
+    passes = {"count": 0, "count_ties": 0}
+
+    def counted(name):
+        original = getattr(selection, name)
+
+        def count(*args):
+            jax.debug.callback(lambda: passes.update({name: passes[name] + 1}))
+            return original(*args)
+
+        monkeypatch.setattr(selection, name, count)
+
+    for name in passes:
+        counted(name)
+
+    @jax.jit
+    def drop(scores, n_drop, hint):
+        tensors = [Tensor("scores", scores.shape)]
+        (mask,), keys = selection.keep_masks([scores], tensors, n_drop, hint=hint)
+        return mask, keys
+
+    def took(scores, n_drop, hint):
+        passes.update(count=0, count_ties=0)
+        mask, keys = drop(jnp.asarray(scores, jnp.float32), jnp.array([n_drop]), hint)
+        jax.effects_barrier()
+        np.testing.assert_array_equal(mask, oracle(np.float32(scores), n_drop))
+        assert passes["count"] <= 13 and passes["count_ties"] <= 14, passes
+        return keys[0], passes["count"] + passes["count_ties"]
+
+    cold, warm = {}, {}
+    for name, scores in distributions().items():
+        for n_drop in (2_000, 9_999, 15_000, 19_500):
+            hint, cold[name, n_drop] = took(scores, n_drop, jnp.int32(NO_KEY))
+            _, warm[name, n_drop] = took(scores, n_drop + 40, hint)
+            took(scores, n_drop, jnp.int32(TOP_KEY - 1))
+            took(scores, n_drop, -hint)
+    smooth = [(name, n) for name, n in cold if name in ("normal", "uniform")]
+    assert np.mean([warm[key] for key in smooth]) < 5
+    with capsys.disabled():
+        print(f"\npasses: {np.mean([*cold.values()]):.1f} cold", end=", ")
+        print(f"{np.mean([*warm.values()]):.1f} warm, of smooth scores", end=" ")
+        print(f"{np.mean([cold[key] for key in smooth]):.1f}", end=" and ")
+        print(f"{np.mean([warm[key] for key in smooth]):.1f}")
 
 
 @jax.jit

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import movement_jax as mj
 
 from . import machine, models, programs, steps, tables, timing
-from .memory import build
+from .memory import TooLarge, build
 from .targets import Target
 from .traffic import passes
 
@@ -101,8 +101,13 @@ def _devices(shape: tuple[int, int]) -> dict[str, Any]:
     tx = models.optimizer(FORM, stacked=models.STACKED, check_finite=False)
     state = jax.eval_shape(tx.init, params)
     level = jax.ShapeDtypeStruct((), jnp.float32)
-    step = build(target, models.update(tx), params, state, params)
-    pruned = build(target, lambda p, s, x: mj.prune((p, s), x), params, state, level)
+    try:
+        step = build(target, models.update(tx), params, state, params)
+        pruned = build(
+            target, lambda p, s, x: mj.prune((p, s), x), params, state, level
+        )
+    except TooLarge as error:
+        return {"target": str(target), "left_out": str(error)}
     return {
         "target": str(target),
         "devices": math.prod(shape),
