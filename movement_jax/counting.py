@@ -305,9 +305,17 @@ def _count_keys(
     tensor: Tensor,
     start: jax.Array,
 ) -> list[jax.Array]:
-    x = _rank(x, kept, tensor)
-    thresholds = _as_float(_rows(table, tensor, start))
-    return _sums([x <= threshold for threshold in thresholds], tensor)
+    x, thresholds = _score(x, tensor), _as_float(_rows(table, tensor, start))
+    if kept is None:
+        return _sums([x <= at for at in thresholds], tensor)
+    # Counts what :func:`_rank` ranks, which XLA for GPU would store first, to compare
+    # it with so many.
+    lowest = jnp.finfo(x.dtype).min
+    predicates = []
+    for at in thresholds:
+        top = jnp.where(at < lowest, jnp.nan, at)
+        predicates.append((kept & (x <= top)) | (~kept & (at == at)))
+    return _sums(predicates, tensor)
 
 
 @functools.partial(jax.jit, static_argnums=4)
@@ -385,10 +393,13 @@ def _dropped(
     return x <= jnp.where(index >= cut, at, below)
 
 
-def _rank(x: jax.Array, kept: jax.Array | None, tensor: Tensor) -> jax.Array:
+def _score(x: jax.Array, tensor: Tensor) -> jax.Array:
     x = x.astype(jnp.float32)
-    if tensor.absolute:
-        x = jnp.abs(x)
+    return jnp.abs(x) if tensor.absolute else x
+
+
+def _rank(x: jax.Array, kept: jax.Array | None, tensor: Tensor) -> jax.Array:
+    x = _score(x, tensor)
     if kept is None:
         return x
     # What is dropped already lies strictly below everything, also below -inf.

@@ -11,15 +11,17 @@ scores, no gather."""
 _STEPS = """\
 **A step of the optimizer**, over `optax.adamw` alone. On steps that do not prune,
 masks are one more array to read, EMA scores one to read and write;
-`check_finite=False` saves the trip through memory that looking for bad steps takes."""
+`check_finite=False` saves the trip through memory that looking for bad steps takes,
+which a CPU feels most: there all updates are stored before the first one is applied."""
 _WHOLE = """\
 **A whole train step** of a transformer takes so much longer:"""
 _MEMORY = """\
 **Memory**, in bytes a param over AdamW's: what is kept in the state, and what is
-reserved while a program runs."""
+reserved while a program runs (on a TPU with its on-chip memory, at most 128 MiB)."""
 _TRAFFIC = """\
 **Between devices** go counts. Bytes for each tensor and mask update, if all passes of
-the search are needed:"""
+all searches are needed, also for ties (few are, most of all where the last threshold
+helps: `pytest tests/test_selection.py -k few_passes` prints how many):"""
 _COMPILE = """\
 **Compiling** the optimizer's step, over AdamW's:"""
 _GROWTH = """\
