@@ -176,13 +176,13 @@ def test_a_billion_params_on_four_devices(target, program):
     if program == "prune":
         assert not pruned.sorts()
         assert pruned.temp < 0.01 * per_device
-        assert sent(pruned) < 128 * segments  # in one pass over the scores
+        assert sent(pruned) < 256 * segments  # in one pass of both searches
         return
     plain, plain_state = build(optax.adamw(1e-3))
     assert state - plain_state < 5.01 * models.count(params)
     assert pruned.temp - plain.temp < 0.01 * per_device + copied
     assert pruned.ops["sort"] == plain.ops["sort"]
-    assert sent(pruned) - sent(plain) < 128 * segments
+    assert sent(pruned) - sent(plain) < 256 * segments
 
 
 def sent(program):
