@@ -34,7 +34,7 @@ class Tensor:
       block: where groups of weights are ranked, how many of them a group spans along
         each axis; else ``()``.
       axes: manual mesh axes (of ``shard_map`` or ``pmap``) that it is split over.
-      absolute: whether it is ranked by magnitude.
+      absolute: whether its scores are weights, to be ranked by their magnitude.
     """
 
     name: str
@@ -125,6 +125,8 @@ def segment_starts(tensors: Sequence[Tensor], zero: jax.Array) -> list[jax.Array
       tensors: what is to be ranked.
       zero: 0 in a way that only we know of. Shape ``()``, int32.
     """
+    if not tensors:
+        return []
     ends = np.cumsum([t.segments for t in tensors])
     rows = [np.array([0, end - t.segments], np.int32) for end, t in zip(ends, tensors)]
     return _reduce([zero + row for row in rows], [0] * len(rows), jnp.maximum, (0,))
@@ -357,7 +359,7 @@ def _rows(table: jax.Array, tensor: Tensor, start: jax.Array) -> list[jax.Array]
         allow_negative_indices=False,
     )
     lead = tensor.shape[: tensor.leading]
-    own = own.reshape(-1, *lead, *(1 for _ in tensor.shape[tensor.leading :]))
+    own = own.reshape(len(table), *lead, *(1 for _ in tensor.shape[tensor.leading :]))
     return list(own)
 
 

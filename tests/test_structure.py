@@ -840,3 +840,14 @@ def collective_bytes(text):
         )
         for shape in re.findall(rf"= (.*?) (?:{ops})(?:-start)?\(", text)
     ]
+
+
+@pytest.mark.parametrize("sparsity", [0.5, mj.cubic(0.5, begin=1, end=3)], ids=str)
+def test_patterns_alone_follow_a_schedule(sparsity):
+    tx = mj.movement_pruning(sparsity, mj.Magnitude(), structure=mj.NM(2, 4))
+    params = {"kernel": jnp.arange(1.0, 65.0).reshape(8, 8)}
+    state = tx.init(params)
+    for _ in range(4):
+        updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+    assert int((params["kernel"] == 0).sum()) == 32
