@@ -39,7 +39,8 @@ class Allocation(Protocol):
         Args:
           target: fraction to drop overall, and how far a schedule has come.
           tensors: what is to be pruned.
-          scores: one array per tensor.
+          scores: one array per tensor. Of a tensor that is ``absolute`` they are its
+            weights, which count by their magnitude.
           kept: masks so far, if pruned weights are to stay pruned.
           hint: keys of the last thresholds. Shape ``(segments,)``, int32.
 

@@ -26,7 +26,7 @@ from movement_jax.report import (
     whole,
 )
 from movement_jax.scoring import noise_decay
-from movement_jax.state import MovementState
+from movement_jax.state import TURNED, MovementState
 
 LEAST_MOVEMENT = 0.02
 MOST_NOISE = 0.05
@@ -141,7 +141,7 @@ def _position(opened: Opened) -> list[Finding]:
         if alive:
             what = f"{alive:,} pruned weights are not zero"
             what += f" (largest {largest:.3g}, in {where})"
-        misplaced = bool(alive) or int(found.events.turned) == 1
+        misplaced = bool(alive) or int(found.events.turned) == TURNED
         findings.append(
             Finding(
                 "warning" if misplaced else "note",

@@ -13,7 +13,7 @@ from jax import lax
 
 from movement_jax import counting
 from movement_jax import tree as _tree
-from movement_jax.state import MovementState
+from movement_jax.state import TURNED, MovementState
 
 LOOK_AT = 2  # tensors
 LOOK_EVERY = 32  # steps; and always after masks changed or pruned weights were alive
@@ -21,7 +21,6 @@ JUDGE_EVERY = 256  # steps: whether a turn has helped
 # How often the direction of pruned weights' updates was changed: straight to zero if
 # nothing seems to follow, by descent if an optimizer does. If that does not shrink
 # them, none does, and something else revives them: back, for good.
-TURNED = 1
 _GROWTH = (1.5, 4.0, float("inf"))  # of their sum, after which to try the next
 
 

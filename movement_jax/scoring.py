@@ -8,7 +8,7 @@ import optax
 from jax import lax
 
 from movement_jax.criteria import Criterion, EmaMagnitude
-from movement_jax.state import MovementState, Tracked
+from movement_jax.state import TURNED, MovementState, Tracked
 
 _NOISE_DECAY = 0.9  # for criteria that have no memory of their own
 
@@ -34,7 +34,7 @@ def score_entering(
     if every > 1:
         due = (state.step == 0) | ((state.step + 1) % every == 0)
     else:
-        due = state.events.turned == 1
+        due = state.events.turned == TURNED
 
     def update(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         _, old = carry
@@ -55,7 +55,7 @@ def score(
     criterion = state.config.criterion
     # A choice between old and new weights would do as well, but XLA for CPU would copy
     # the old ones first, and the step take three times as long.
-    arrives = finite & (state.events.turned != 1)
+    arrives = finite & (state.events.turned != TURNED)
     scores = state.scores
     if score_every(criterion) == 1:
         scores = criterion.update(

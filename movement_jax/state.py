@@ -46,6 +46,9 @@ class PruningConfig:
     structure: Structure | Rules = Unstructured()
 
 
+TURNED = 1  # of Events.turned: an optimizer follows
+
+
 class Events(NamedTuple):
     """What happened along the way, for :func:`movement_jax.health` and loggers.
 
@@ -61,8 +64,8 @@ class Events(NamedTuple):
         to zero, because something follows in the chain. Shape ``()``, int32.
       alive: sum of the magnitudes of pruned weights when they were first seen alive;
         0 while they are zero, infinite after a mask change. Shape ``()``, float32.
-      turned: 0 while pruned weights are sent to zero, 1 after an optimizer was found
-        to follow, 2 if that was wrong: as 0, for good. Shape ``()``, int32.
+      turned: 0 while pruned weights are sent to zero, ``TURNED`` after an optimizer was
+        found to follow, 2 if that was wrong: as 0, for good. Shape ``()``, int32.
     """
 
     skipped: jax.Array

@@ -106,8 +106,17 @@ def test_prune_on_four_devices_exchanges_counts_only(target, axis_type):
     program = prune(target, axis_type, allocation=mj.Global())
     assert not program.sorts()
     assert program.moved() == []
-    assert program.temp < 0.02 * param_bytes() / 4
+    assert program.temp < 0.01 * param_bytes()
     assert program.aliases_all_it_returns()
+
+
+@on(FOUR)
+def test_prune_takes_hardly_more_memory_for_a_larger_model(target):
+    options = {"axis_type": AxisType.Explicit, "allocation": mj.Global()}
+    small, large = (prune(target, scale=scale, **options) for scale in (1, 4))
+    larger = large.arguments - small.arguments
+    assert larger > 2.9 * small.arguments
+    assert large.temp - small.temp < 0.001 * larger
 
 
 @on(ONE)
@@ -208,17 +217,18 @@ def train_step(target, axis_type=AxisType.Auto, **options):
 
 
 @functools.cache
-def prune(target, axis_type=AxisType.Auto, **options):
+def prune(target, axis_type=AxisType.Auto, scale=1, **options):
     def change(params, state, sparsity):
         return mj.prune((params, state), sparsity)
 
     tx, mesh = pruned_adamw(**options), target.mesh(axis_type)
-    return compiled(change, tx, target, mesh, place(jnp.float32(0.9), mesh))
+    last = place(jnp.float32(0.9), mesh)
+    return compiled(change, tx, target, mesh, last, scale)
 
 
-def compiled(function, tx, target, mesh, last=None):
+def compiled(function, tx, target, mesh, last=None, scale=1):
     params = jax.tree.map(
-        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        lambda shape: jax.ShapeDtypeStruct((scale * shape[0], *shape[1:]), jnp.float32),
         SHAPES,
         is_leaf=lambda x: isinstance(x, tuple),
     )
