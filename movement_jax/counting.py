@@ -311,13 +311,14 @@ def _count_keys(
     if kept is None:
         return _sums([x <= at for at in thresholds], tensor)
     # Counts what :func:`_rank` ranks, which XLA for GPU would store first, to compare
-    # it with so many.
+    # it with so many: what is dropped already lies below all thresholds but NaN.
     lowest = jnp.finfo(x.dtype).min
-    predicates = []
-    for at in thresholds:
-        top = jnp.where(at < lowest, jnp.nan, at)
-        predicates.append((kept & (x <= top)) | (~kept & (at == at)))
-    return _sums(predicates, tensor)
+    tops = [jnp.where(at < lowest, jnp.nan, at) for at in thresholds]
+    counts = _sums([~kept | (x <= top) for top in tops], tensor)
+    return [
+        jnp.where(jnp.isnan(at).reshape(-1), 0, count)
+        for at, count in zip(thresholds, counts)
+    ]
 
 
 @functools.partial(jax.jit, static_argnums=4)
