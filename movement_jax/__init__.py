@@ -1,8 +1,9 @@
 """Movement pruning for JAX: scores carried in the training state, masks kept true."""
 
-from movement_jax import plot
+from movement_jax import checkpoint, plot
 from movement_jax.agreement import Agreement, Disputed, TensorAgreement, agreement
 from movement_jax.allocation import Allocation, ErdosRenyi, Global, PerPath, Uniform
+from movement_jax.checkpoint import CheckpointError
 from movement_jax.counting import Tensor
 from movement_jax.criteria import (
     Criterion,
@@ -14,6 +15,7 @@ from movement_jax.criteria import (
     Taylor,
 )
 from movement_jax.findings import Finding, Health, TensorHealth
+from movement_jax.fingerprint import assert_same_everywhere, fingerprint
 from movement_jax.health import health
 from movement_jax.prune import (
     apply_masks,
@@ -38,6 +40,7 @@ __all__ = [
     "Allocation",
     "Axis",
     "Block",
+    "CheckpointError",
     "Criterion",
     "Disputed",
     "EmaMagnitude",
@@ -68,10 +71,13 @@ __all__ = [
     "Unstructured",
     "agreement",
     "apply_masks",
+    "assert_same_everywhere",
+    "checkpoint",
     "cubic",
     "effective_params",
     "finalize",
     "find_state",
+    "fingerprint",
     "health",
     "keep_top",
     "linear",

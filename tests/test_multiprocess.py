@@ -53,6 +53,13 @@ def test_pruning_by_hand_does_too(two, alone):
         assert report["pruned"] != report["digests"]
 
 
+def test_all_processes_have_one_fingerprint_and_tell_copies_that_differ(two, alone):
+    for report in two[0]:
+        assert report["fingerprint"] == alone["fingerprint"]
+        assert "1 of 2 arrays differ" in report["differing"]
+        assert "copies/b" in report["differing"]
+
+
 def test_each_process_holds_its_part_of_the_state(two):
     for report in two[0]:
         assert report["held"] == pytest.approx(report["whole"] / 2)
@@ -67,9 +74,13 @@ def test_three_processes_make_the_masks_of_one(alone):
 @pytest.mark.parametrize(
     "shape, swap", [((2, 2), True), ((4, 1), False)], ids=["transposed", "4x1"]
 )
-def test_what_two_processes_saved_is_restored_on_another_mesh(two, shape, swap):
+@pytest.mark.parametrize("checked", [False, True], ids=["Orbax", "with a manifest"])
+def test_what_two_processes_saved_is_restored_on_another_mesh(
+    two, shape, swap, checked
+):
     reports, path = two
-    restored = launch(1, devices=4, shape=shape, swap=swap, load=path)[0]
+    job = {"shape": shape, "swap": swap, "load": path, "checked": checked}
+    restored = launch(1, devices=4, **job)[0]
     assert restored["digests"] == reports[0]["digests"]
     assert restored["pruned"] == reports[0]["pruned"]
 
@@ -214,7 +225,10 @@ def child(job):
         return optax.apply_updates(params, updates), state
 
     state = jax.jit(tx.init, out_shardings=out[1])(params)
-    if "load" in job:
+    if job.get("checked"):
+        params, state = mj.checkpoint.restore(f"{job['load']}_run", (params, state))
+        mj.checkpoint.verify(f"{job['load']}_run")
+    elif "load" in job:
         from orbax.checkpoint import v1 as ocp
 
         target = jax.tree.map(
@@ -230,6 +244,7 @@ def child(job):
         from orbax.checkpoint import v1 as ocp
 
         ocp.save(job["save"], (params, state))
+        mj.checkpoint.save(f"{job['save']}_run", STEPS, (params, state))
 
     gather = jax.jit(lambda tree: tree, out_shardings=replicated)
 
@@ -253,6 +268,17 @@ def child(job):
         "whole": sum(x.nbytes for x in arrays),
         "held": sum(s.data.nbytes for x in arrays for s in x.addressable_shards),
     }
+    report["fingerprint"] = mj.fingerprint((params, state))
+    mj.assert_same_everywhere((params, state))
+    mine = np.full(4, jax.process_index(), np.float32)
+    copies = {
+        name: jax.make_array_from_callback((4,), replicated, value.__getitem__)
+        for name, value in {"a": np.zeros(4, np.float32), "b": mine}.items()
+    }
+    try:
+        mj.assert_same_everywhere({"copies": copies})
+    except ValueError as error:
+        report["differing"] = str(error)
     prune = jax.jit(mj.prune, out_shardings=out)
     report["pruned"] = digests(*prune((params, state), 0.93))
     print("REPORT", json.dumps(report), flush=True)

@@ -1,0 +1,196 @@
+"""Processes killed while they save and while they train, and what is left of them.
+
+`python -m tests.faults.killing --saves 100 --trainings 20` prints the counts. JAX is
+imported once; every process that is killed is forked before JAX has made its threads.
+"""
+
+import argparse
+import os
+import pathlib
+import random
+import signal
+import sys
+import tempfile
+import time
+import traceback
+
+import jax
+import jax.numpy as jnp
+import optax
+from orbax.checkpoint import v1 as ocp  # noqa: F401  # takes long: before any fork
+
+import movement_jax as mj
+
+TX = mj.movement_pruning(
+    mj.cubic(0.8, begin=0, end=30, every=3),
+    mj.Movement(),
+    inner=optax.adamw(1e-2),
+    regrow=True,
+)
+STEPS, EVERY = 40, 4
+
+
+def apart(function, *args):
+    """Runs a function in a process of its own; returns its pid."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            function(*args)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+    return pid
+
+
+def ended(pid):
+    """Waits for a process; its exit status."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def kill(pid, after):
+    """Kills a process after some seconds, unless it has ended; its exit status."""
+    deadline = time.monotonic() + after
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    os.kill(pid, signal.SIGKILL)
+    return ended(pid)
+
+
+def state_at(step):
+    """What a run has at a step: 8 MB that differ in every step."""
+    return {"x": jax.random.normal(jax.random.key(step), (2048, 1024)), "step": step}
+
+
+def save_on_and_on(directory, first, started):
+    for step in range(first, 1000):
+        mj.checkpoint.save(directory, step, state_at(step))
+        written = started.with_suffix(".new")
+        written.write_text(str(step))
+        written.replace(started)
+
+
+def check_saved(directory, done):
+    """Every step that was reported is there, whole; one more may be."""
+    steps = mj.checkpoint.steps(directory)
+    assert steps[: done + 1] == list(range(done + 1)), (steps, done)
+    assert len(steps) - (done + 1) in (0, 1), (steps, done)
+    assert not steps or list(mj.checkpoint.verify(directory, steps[-1])) == steps[-1:]
+    for step in steps[-2:]:
+        restored = mj.checkpoint.restore(directory, like=state_at(0), step=step)
+        assert jnp.array_equal(restored["x"], state_at(step)["x"])
+    mj.checkpoint.save(directory, len(steps), state_at(len(steps)))
+    assert not [name for name in os.listdir(directory) if "tmp" in name]
+
+
+def kill_saves(n, seed=0):
+    """How many of n kills lost a reported step or left a wrong one; and were inside."""
+    rng, bad, during = random.Random(seed), 0, 0
+    for _ in range(n):
+        with tempfile.TemporaryDirectory() as root:
+            directory, started = pathlib.Path(root, "run"), pathlib.Path(root, "at")
+            pid = apart(save_on_and_on, directory, 0, started)
+            if rng.random() < 0.8:  # else in the first save of all, or before
+                while not started.exists():
+                    time.sleep(0.005)
+                killed = kill(pid, rng.uniform(0, 0.4))
+            else:
+                killed = kill(pid, rng.uniform(0, 1.5))
+            assert killed == -signal.SIGKILL, killed
+            done = int(started.read_text()) if started.exists() else -1
+            left = os.listdir(directory) if directory.exists() else []
+            during += any("tmp" in name for name in left)
+            bad += ended(apart(check_saved, directory, done)) != 0
+    return bad, during
+
+
+def fresh():
+    kernel = jax.random.normal(jax.random.key(0), (32, 64))
+    params = {"kernel": kernel, "out": {"kernel": kernel.T}}
+    return {
+        "params": params,
+        "opt_state": TX.init(params),
+        "key": jax.random.key(1),
+        "epoch": jnp.int32(0),
+    }
+
+
+@jax.jit
+def train_step(state):
+    params, opt_state = state["params"], state["opt_state"]
+    key, batch, noise = jax.random.split(state["key"], 3)
+    x = jax.random.normal(batch, (128, 32))
+
+    def loss(params):
+        hidden = jnp.tanh(x @ params["kernel"])
+        hidden *= jax.random.bernoulli(noise, 0.9, hidden.shape)
+        return jnp.mean((hidden @ params["out"]["kernel"] - jnp.sin(x)) ** 2)
+
+    grads = jax.grad(loss)(mj.effective_params(params, opt_state))
+    updates, opt_state = TX.update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    epoch = state["epoch"] + 1
+    return {"params": params, "opt_state": opt_state, "key": key, "epoch": epoch}
+
+
+def train(directory, digest):
+    """Trains from the last checkpoint, if there is one, to the end."""
+    state = fresh()
+    if mj.checkpoint.steps(directory):
+        state = mj.checkpoint.restore(directory, like=state)
+    while state["epoch"] < STEPS:
+        state = train_step(state)
+        step = int(state["epoch"])
+        if step % EVERY == 0:
+            mj.checkpoint.save(directory, step, state)
+    digest.write_text(mj.fingerprint([state]))
+
+
+def kill_trainings(n, seed=0):
+    """Of how many kills, and how many trainings that ended otherwise than unkilled."""
+    rng, kills, wrong = random.Random(seed), 0, 0
+    with tempfile.TemporaryDirectory() as root:
+        expected = pathlib.Path(root, "expected")
+        start = time.monotonic()
+        assert ended(apart(train, pathlib.Path(root, "straight"), expected)) == 0
+        whole = time.monotonic() - start
+        for run in range(n):
+            directory, digest = pathlib.Path(root, f"run{run}"), pathlib.Path(root, "d")
+            digest.unlink(missing_ok=True)
+            while not digest.exists():
+                # Mostly in the second half, where it trains and saves.
+                after = whole * rng.uniform(0.2, 1.1)
+                status = kill(apart(train, directory, digest), after)
+                assert status in (0, -signal.SIGKILL), status
+                kills += status != 0
+            wrong += digest.read_text() != expected.read_text()
+    return kills, wrong
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--saves", type=int, default=100)
+    parser.add_argument("--trainings", type=int, default=20)
+    args = parser.parse_args()
+    bad, during = kill_saves(args.saves)
+    print(
+        f"{args.saves} processes killed around a save, {during} of them inside: "
+        f"{bad} lost a step or left a wrong one"
+    )
+    kills, wrong = kill_trainings(args.trainings)
+    print(
+        f"{args.trainings} trainings with {kills} kills: {wrong} ended otherwise than "
+        "without"
+    )
+    return bad or wrong
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,564 @@
+"""Rows F, and those of G that a checkpoint from a stranger can bring."""
+
+import functools
+import json
+import os
+import pathlib
+import random
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax.training.train_state import TrainState
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from orbax.checkpoint import v1 as ocp
+
+import movement_jax as mj
+from movement_jax import CheckpointError
+
+
+class Ours:
+    """`movement_jax.checkpoint`."""
+
+    save = staticmethod(mj.checkpoint.save)
+    restore = staticmethod(mj.checkpoint.restore)
+
+
+class Orbax:
+    """Orbax as it is used without more thought."""
+
+    @staticmethod
+    def save(directory, step, state):
+        with ocp.training.Checkpointer(directory) as checkpointer:
+            checkpointer.save(step, state, overwrite=True)
+
+    @staticmethod
+    def restore(directory, like, step=None):
+        with ocp.training.Checkpointer(directory) as checkpointer:
+            return checkpointer.load(step, like)
+
+
+ROOT = pathlib.Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+
+# Reads that fail leave futures behind, which tell of it when they are collected.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+
+def against_orbax(reason):
+    """Checks ours, and shows that plain Orbax does not pass the same check."""
+    fails = pytest.mark.xfail(strict=True, reason=reason)
+    subjects = [Ours, pytest.param(Orbax, marks=fails)]
+    return pytest.mark.parametrize("subject", subjects, ids=lambda s: s.__name__)
+
+
+def optimizer(criterion=None, sparsity=0.5):
+    pruning = mj.movement_pruning(sparsity, criterion or mj.EmaMagnitude())
+    return optax.chain(optax.adam(1e-2), pruning)
+
+
+TX = optimizer()
+
+
+def fresh(seed=0, tx=TX, width=16):
+    params = nn.Dense(width).init(jax.random.key(seed), jnp.ones((1, 8)))["params"]
+    return TrainState.create(apply_fn=None, params=params, tx=tx)
+
+
+@jax.jit
+def step(state):
+    return state.apply_gradients(grads=jax.tree.map(jnp.sin, state.params))
+
+
+@functools.cache
+def trained(seed=0, steps=3, tx=TX):
+    state = fresh(seed, tx)
+    for _ in range(steps):
+        state = step(state)
+    return state
+
+
+def assert_same(a, b):
+    chex.assert_trees_all_equal(a.params, b.params)
+    chex.assert_trees_all_equal(a.opt_state, b.opt_state)
+    chex.assert_trees_all_equal_dtypes(a.opt_state, b.opt_state)
+
+
+def files_of(directory, step):
+    root = pathlib.Path(directory) / str(step)
+    return sorted(path for path in root.rglob("*") if path.is_file())
+
+
+def refused(subject, directory, original):
+    """Whether damage was told, or did none: True, None; else False."""
+    like = jax.tree.map(jnp.zeros_like, original)
+    try:
+        restored = subject.restore(directory, like)
+    except CheckpointError:
+        return True
+    except Exception:
+        return subject is Orbax  # any error will do for Orbax; ours has one kind
+    return None if mj.fingerprint([restored]) == mj.fingerprint([original]) else False
+
+
+def run_python(code, *args, **options):
+    """Runs a program that imports the package; returns what it printed."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
+        env=ENVIRONMENT,
+        text=True,
+        capture_output=True,
+        timeout=300,
+        **options,
+    )
+
+
+def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
+    state = trained()
+    mj.checkpoint.save(tmp_path, 3, state)
+    assert_same(mj.checkpoint.restore(tmp_path, like=fresh(seed=1)), state)
+    abstract = jax.eval_shape(fresh)
+    assert_same(mj.checkpoint.restore(tmp_path, like=abstract), state)
+    assert mj.checkpoint.verify(tmp_path) == {3: mj.fingerprint(state)}
+
+
+def test_any_tree_of_arrays_is_saved_and_verified(tmp_path):
+    state = {
+        "key": jax.random.key(3),
+        "box": nn.Partitioned(jnp.ones((2, 2)), names=("a", None)),
+        "none": None,
+        "epoch": 3,
+        "list": [np.float32(1.5), jnp.bfloat16(2)],
+        "small": jnp.ones((2, 2), jnp.float8_e4m3fn),
+    }
+    mj.checkpoint.save(tmp_path, 0, state)
+    restored = mj.checkpoint.restore(tmp_path, like=state)
+    assert jax.random.key_data(restored["key"]).tolist() == [0, 3]
+    assert restored["epoch"] == 3
+    for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(restored)):
+        assert mj.fingerprint(old) == mj.fingerprint(new)
+    assert list(mj.checkpoint.verify(tmp_path)) == [0]
+
+
+def test_plain_orbax_reads_it(tmp_path):
+    state = trained()
+    mj.checkpoint.save(tmp_path, 3, state)
+    target = jax.tree.map(jnp.zeros_like, state)
+    with ocp.training.Checkpointer(tmp_path) as checkpointer:
+        assert_same(checkpointer.load(3, target), state)
+        assert_same(checkpointer.load(None, target), state)
+
+
+def test_F3_F6_nothing_is_overwritten(tmp_path):
+    first, second = trained(seed=0), trained(seed=1)
+    mj.checkpoint.save(tmp_path, 3, first)
+    for step in (3, 2):
+        with pytest.raises(CheckpointError, match=rf"last step .* is 3; got {step}"):
+            mj.checkpoint.save(tmp_path, step, second)
+    assert mj.checkpoint.steps(tmp_path) == [3]
+    assert_same(mj.checkpoint.restore(tmp_path, like=fresh()), first)
+
+
+@pytest.mark.slow
+def test_F1_F2_R7_R8_killed_processes_lose_nothing(record_property):
+    command = [sys.executable, "-m", "tests.faults.killing"]
+    done = subprocess.run(
+        [*command, "--saves", "12", "--trainings", "1"],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        text=True,
+        capture_output=True,
+        timeout=600,
+    )
+    saves, trainings, *_ = [*done.stdout.splitlines(), "", ""]
+    record_property("R7", trainings)
+    record_property("R8", saves)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert "12 processes killed" in saves and "1 trainings with" in trainings
+
+
+@against_orbax("overwrite=True replaces a good step")
+def test_F3_a_step_that_is_there_stays(tmp_path, subject):
+    first, second = trained(seed=0), trained(seed=1)
+    subject.save(tmp_path, 3, first)
+    try:
+        subject.save(tmp_path, 3, second)
+    except CheckpointError:
+        pass
+    assert_same(subject.restore(tmp_path, fresh()), first)
+
+
+@pytest.mark.parametrize("kind", ["file size", "tmpfs"])
+def test_F4_F5_R10_a_full_disk_leaves_the_last_good_step(tmp_path, kind):
+    code = """
+        import resource, signal, sys
+        import jax, jax.numpy as jnp
+        import movement_jax as mj
+        directory, kind = sys.argv[1:]
+        state = {"x": jax.random.normal(jax.random.key(0), (256, 1024))}
+        mj.checkpoint.save(directory, 1, state)
+        big = {"x": jax.random.normal(jax.random.key(0), (8192, 1024))}
+        if kind == "file size":
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, 4_000_000))
+        for step in range(2, 12):
+            try:
+                mj.checkpoint.save(directory, step, big)
+            except mj.CheckpointError as error:
+                assert "last good step is 1." in str(error), error
+            else:
+                sys.exit("a step that cannot fit was reported as saved")
+            assert mj.checkpoint.steps(directory) == [1]
+        restored = mj.checkpoint.restore(directory, like=state)
+        assert (restored["x"] == state["x"]).all()
+        mj.checkpoint.save(directory, 12, state)
+        assert mj.checkpoint.steps(directory) == [1, 12]
+        import os
+        left = [n for n in os.listdir(directory) if "tmp" in n]
+        assert not left, left
+        print("10 refused")
+    """
+    if kind == "file size":
+        done = run_python(code, tmp_path, kind)
+    else:
+        mount = ["unshare", "--user", "--map-root-user", "--mount"]
+        probe = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(tmp_path)]
+        if subprocess.run([*mount, *probe], capture_output=True).returncode:
+            pytest.skip("a small disk cannot be mounted here")
+        script = f"{' '.join(probe)} && exec {sys.executable} - {tmp_path} '{kind}'"
+        done = subprocess.run(
+            [*mount, "sh", "-c", script],
+            input=textwrap.dedent(code),
+            env=ENVIRONMENT,
+            text=True,
+            capture_output=True,
+            timeout=300,
+        )
+    assert done.stdout.strip() == "10 refused", done.stderr[-3000:]
+
+
+@against_orbax("Orbax compares no array with what was saved")
+def test_F7_R9_flipped_bits_in_data_are_told(tmp_path, subject):
+    original = {"kernel": jax.random.normal(jax.random.key(0), (128, 128))}
+    subject.save(tmp_path / "good", 3, original)
+    rng, verdicts = random.Random(0), []
+    data = max(files_of(tmp_path / "good", 3), key=lambda path: path.stat().st_size)
+    assert data.stat().st_size > 50_000
+    for n in range(40):
+        verdicts.append(damaged(subject, tmp_path, n, data, rng, original))
+        assert verdicts[-1] is not False
+    assert verdicts.count(True) > 30
+
+
+def damaged(subject, root, n, path, rng, original, damage=None):
+    """Restores a copy with one file damaged: see `refused`."""
+    bad = root / f"bad{n}"
+    shutil.copytree(root / "good", bad)
+    target = bad / path.relative_to(root / "good")
+    content = bytearray(target.read_bytes())
+    (damage or flip_a_bit)(content, rng)
+    target.write_bytes(content)
+    verdict = refused(subject, bad, original)
+    shutil.rmtree(bad)
+    return verdict
+
+
+def flip_a_bit(content, rng):
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+
+
+def cut_the_end(content, rng):
+    del content[rng.randrange(len(content)) :]
+
+
+def zero_a_page(content, rng):
+    start = rng.randrange(len(content))
+    content[start : start + 4096] = bytes(len(content[start : start + 4096]))
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut_the_end, zero_a_page])
+def test_F8_F9_F10_damage_to_any_file_is_told_or_does_none(tmp_path, damage):
+    original, rng = trained(), random.Random(1)
+    mj.checkpoint.save(tmp_path / "good", 3, original)
+    files = [p for p in files_of(tmp_path / "good", 3) if p.stat().st_size]
+    for n, path in enumerate(files * 4):
+        verdict = damaged(Ours, tmp_path, n, path, rng, original, damage)
+        assert verdict is not False, path
+
+
+@pytest.mark.slow
+def test_R9_no_flipped_bit_anywhere_is_loaded(tmp_path, record_property):
+    large = jax.random.normal(jax.random.key(0), (99, 99))
+    original, rng = {"state": trained(), "large": large}, random.Random(2)
+    mj.checkpoint.save(tmp_path / "good", 3, original)
+    files = [p for p in files_of(tmp_path / "good", 3) if p.stat().st_size]
+    verdicts = [
+        damaged(Ours, tmp_path, n, rng.choice(files), rng, original) for n in range(420)
+    ]
+    silent, told = verdicts.count(False), verdicts.count(True)
+    record_property("R9", f"{silent} silent of {len(verdicts)}, {told} told")
+    assert silent == 0
+    assert told > 200
+
+
+def test_a_damaged_step_does_not_keep_the_run_from_saving(tmp_path):
+    for damage in (b"", b"{", None):
+        run = tmp_path / str(damage)
+        mj.checkpoint.save(run, 1, trained(seed=0))
+        path = run / "1" / "_CHECKPOINT_METADATA"
+        path.unlink() if damage is None else path.write_bytes(damage)
+        mj.checkpoint.save(run, 2, trained(seed=1))
+        assert_same(mj.checkpoint.restore(run, like=fresh()), trained(seed=1))
+        with pytest.raises(CheckpointError, match=r"Step 1 .*Good steps: \[2\]"):
+            mj.checkpoint.verify(run)
+
+
+def test_F11_a_missing_file_is_told_or_does_no_harm(tmp_path):
+    original = trained()
+    mj.checkpoint.save(tmp_path / "good", 3, original)
+    told = 0
+    for n, path in enumerate(files_of(tmp_path / "good", 3)):
+        bad = tmp_path / f"bad{n}"
+        shutil.copytree(tmp_path / "good", bad)
+        (bad / path.relative_to(tmp_path / "good")).unlink()
+        verdict = refused(Ours, bad, original)
+        assert verdict is not False, path
+        told += bool(verdict)
+    assert told >= 3
+
+
+def test_F12_what_does_not_fit_is_told_by_name(tmp_path):
+    mj.checkpoint.save(tmp_path, 3, trained())
+    with pytest.raises(CheckpointError, match=r"'params/bias' is float32\[16\]"):
+        mj.checkpoint.restore(tmp_path, like=fresh(width=4))
+    like = fresh()
+    renamed = {"other": like.params["kernel"], "bias": like.params["bias"]}
+    with pytest.raises(CheckpointError, match="'params/other' is not in it"):
+        mj.checkpoint.restore(tmp_path, like=like.replace(params=renamed))
+    fewer = like.replace(params={"kernel": like.params["kernel"]})
+    with pytest.raises(CheckpointError, match="'params/bias' is in it, but not"):
+        mj.checkpoint.restore(tmp_path, like=fewer)
+    with pytest.raises(CheckpointError, match="There is no step 4 in .*only .3."):
+        mj.checkpoint.restore(tmp_path, like=like, step=4)
+    with pytest.raises(CheckpointError, match="There is no checkpoint in"):
+        mj.checkpoint.restore(tmp_path / "none", like=like)
+    with pytest.raises(TypeError, match=r"`int\(state.step\)`"):
+        mj.checkpoint.restore(tmp_path, like=like, step="3")
+
+
+@against_orbax("Orbax casts without a word")
+def test_F13_nothing_is_cast(tmp_path, subject):
+    subject.save(tmp_path, 3, trained())
+    like = jax.tree.map(jnp.zeros_like, trained())
+    cast = jax.tree.map(lambda x: x.astype(jnp.bfloat16), like.params)
+    with pytest.raises(CheckpointError, match="Nothing is cast"):
+        subject.restore(tmp_path, like.replace(params=cast))
+
+
+def test_F15_the_way_of_pruning_must_be_the_same(tmp_path):
+    mj.checkpoint.save(tmp_path, 3, trained())
+    other = fresh(tx=optimizer(mj.EmaMagnitude(decay=0.99)))
+    with pytest.raises(CheckpointError, match=r"decay=0.9[,)].*decay=0.99"):
+        mj.checkpoint.restore(tmp_path, like=other)
+
+
+def test_F15_the_way_of_pruning_is_the_same_in_another_process(tmp_path):
+    code = """
+        import sys, jax.numpy as jnp, optax, movement_jax as mj
+        tx = mj.movement_pruning(0.5, mj.Movement(), inner=optax.adam(1e-3))
+        params = {"kernel": jnp.ones((4, 4))}
+        state = params, tx.init(params)
+        if mj.checkpoint.steps(sys.argv[1]):
+            mj.checkpoint.restore(sys.argv[1], like=state)
+            print("restored")
+        else:
+            mj.checkpoint.save(sys.argv[1], 1, state)
+            print("saved")
+    """
+    for said in ("saved", "restored"):
+        done = run_python(code, tmp_path)
+        assert done.stdout.strip() == said, done.stderr[-2000:]
+
+
+def test_F15_arrays_of_another_run_are_told(tmp_path):
+    like = fresh()
+    for name, seed in (("a", 0), ("b", 1)):
+        mj.checkpoint.save(tmp_path / name, 3, trained(seed))
+    manifest = "3/_CHECKPOINT_METADATA"
+    shutil.copy(tmp_path / "a" / manifest, tmp_path / "b" / manifest)
+    with pytest.raises(CheckpointError, match="leaf '.*' is not what was saved"):
+        mj.checkpoint.restore(tmp_path / "b", like=like)
+    with pytest.raises(CheckpointError, match="Good steps: none"):
+        mj.checkpoint.verify(tmp_path / "b")
+
+
+@against_orbax("one of the two overwrites the other")
+def test_F16_two_keys_for_one_place_are_refused(tmp_path, subject):
+    state = {"a.b": jnp.ones(2), "a": {"b": jnp.zeros(2)}}
+    with pytest.raises(ValueError, match="to the same place"):
+        subject.save(tmp_path, 1, state)
+
+
+@pytest.mark.parametrize(
+    "leaf, message",
+    [
+        ("text", "is a str"),
+        (object(), "is a object"),
+        (np.ones((0, 3), np.float32), "size zero"),
+        (np.ones(3), "which JAX would restore as float32"),
+    ],
+)
+def test_F17_what_cannot_be_saved_is_told_by_name(tmp_path, leaf, message):
+    with pytest.raises(ValueError, match=message) as error:
+        mj.checkpoint.save(tmp_path, 1, {"x": jnp.ones(2), "odd": leaf})
+    assert "odd" in str(error.value)
+    assert mj.checkpoint.steps(tmp_path) == []
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize("shape", [(4, 2), (2, 4), (8, 1), (1, 1)])
+def test_F18_other_meshes_get_the_same_bits(tmp_path, shape, explicit):
+    def put(shape, spec):
+        kind = AxisType.Explicit if explicit else AxisType.Auto
+        mesh = jax.make_mesh(shape, ("x", "y"), axis_types=(kind,) * 2)
+
+        def one(leaf):
+            names = spec if np.ndim(leaf) == 2 else ()
+            return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*names)))
+
+        return lambda tree: jax.tree.map(one, tree)
+
+    state = trained()
+    mj.checkpoint.save(tmp_path, 3, put((4, 2), ("x", "y"))(state))
+    like = put(shape, ("y", "x"))(fresh(seed=1))
+    restored = mj.checkpoint.restore(tmp_path, like=like)
+    assert_same(restored, state)
+    for old, new in zip(jax.tree.leaves(like), jax.tree.leaves(restored)):
+        assert old.sharding == new.sharding
+    assert mj.fingerprint(restored) == mj.fingerprint(state)
+
+
+def test_F20_F21_resumed_training_ends_where_it_was_going(tmp_path):
+    tx = optimizer(sparsity=mj.cubic(0.8, begin=0, end=20, every=2))
+    halfway = trained(steps=10, tx=tx)
+    mj.checkpoint.save(tmp_path, 10, halfway)
+    resumed = mj.checkpoint.restore(tmp_path, like=fresh(tx=tx))
+    straight = trained(steps=25, tx=tx)
+    for _ in range(15):
+        resumed = step(resumed)
+    assert_same(resumed, straight)
+    assert mj.sparsity_of(resumed) == pytest.approx(0.8, abs=0.01)
+
+
+def test_F22_scores_are_saved_in_float32(tmp_path):
+    state = trained()
+    mj.checkpoint.save(tmp_path, 3, state)
+    scores = mj.find_state(mj.checkpoint.restore(tmp_path, like=fresh())).scores
+    leaves = jax.tree.leaves(scores)
+    assert leaves and all(leaf.dtype == jnp.float32 for leaf in leaves)
+    chex.assert_trees_all_equal(scores, mj.find_state(state).scores)
+
+
+def test_F23_a_second_run_in_the_same_directory_is_refused(tmp_path):
+    code = """
+        import fcntl, os, sys
+        lock = os.open(sys.argv[1] + "/.movement_jax.lock", os.O_CREAT | os.O_RDWR)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        print("held", flush=True)
+        sys.stdin.read()
+    """
+    other = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(CheckpointError, match="Another run is saving"):
+        mj.checkpoint.save(tmp_path, 1, {"x": jnp.ones(2)})
+    other.kill()
+    other.communicate()
+    mj.checkpoint.save(tmp_path, 1, {"x": jnp.ones(2)})
+
+
+def plant_link(directory, path, secret):
+    path.rename(secret)
+    path.symlink_to(secret)
+
+
+def plant_fifo(directory, path, secret):
+    path.unlink()
+    os.mkfifo(path)
+
+
+@against_orbax("links are followed")
+def test_G1_links_out_of_the_directory_are_refused(tmp_path, subject):
+    subject.save(tmp_path / "run", 3, trained())
+    like = jax.tree.map(jnp.zeros_like, trained())
+    for n, path in enumerate(files_of(tmp_path / "run", 3)):
+        bad = tmp_path / f"bad{n}"
+        shutil.copytree(tmp_path / "run", bad)
+        plant_link(bad, bad / path.relative_to(tmp_path / "run"), tmp_path / f"{n}")
+        with pytest.raises(CheckpointError, match="is a link or no regular file"):
+            subject.restore(bad, like)
+
+
+def test_G1_the_step_itself_may_be_no_link(tmp_path):
+    mj.checkpoint.save(tmp_path / "run", 3, trained())
+    (tmp_path / "run" / "3").rename(tmp_path / "elsewhere")
+    (tmp_path / "run" / "3").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="is a link or no regular file"):
+        mj.checkpoint.restore(tmp_path / "run", like=fresh())
+
+
+def test_G1_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    mj.checkpoint.save(tmp_path, 3, trained())
+    plant_fifo(tmp_path, files_of(tmp_path, 3)[0], None)
+    with pytest.raises(CheckpointError, match="is a link or no regular file"):
+        mj.checkpoint.restore(tmp_path, like=fresh())
+
+
+@pytest.mark.parametrize("name", ["/etc/x", "../x", "a/../../x", "a\0b"])
+def test_G2_names_that_lead_out_of_the_directory_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="could lead out of the directory"):
+        mj.checkpoint.save(tmp_path / "run", 1, {name: jnp.ones(2)})
+    assert os.listdir(tmp_path) in ([], ["run"])
+
+
+def test_G6_masks_of_odd_bytes_count_right():
+    from movement_jax.checkpoint import _canonical
+
+    odd = np.array([0, 7, 255, 1], np.uint8).view(np.bool_)
+    mask = jax.device_put(odd)
+    assert int(jnp.sum(_canonical(mask))) == 3
+    assert np.asarray(_canonical(mask)).view(np.uint8).tolist() == [0, 1, 1, 1]
+
+
+def test_a_manifest_of_a_stranger_is_read_as_data(tmp_path):
+    mj.checkpoint.save(tmp_path, 3, trained())
+    path = tmp_path / "3" / "_CHECKPOINT_METADATA"
+    whole = json.loads(path.read_text())
+    for change in (
+        {"seal": "0" * 64},
+        {"format": 99},
+        {"leaves": {}},
+        {"config": "__import__('os').abort()"},
+    ):
+        content = json.loads(json.dumps(whole))
+        content["custom_metadata"].update(change)
+        path.write_text(json.dumps(content))
+        with pytest.raises(CheckpointError, match="manifest was damaged"):
+            mj.checkpoint.restore(tmp_path, like=fresh())
+    path.write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match="manifest cannot be read"):
+        mj.checkpoint.restore(tmp_path, like=fresh())
