@@ -151,6 +151,8 @@ def verify(
 ) -> dict[int, str]:
     """Reads checkpoints in full and compares every array with what was saved.
 
+    One process is enough, whatever the number and the mesh that saved.
+
     Args:
       directory: as given to :func:`save`.
       step: which one; all of them by default.
@@ -405,11 +407,15 @@ def _load(directory: Any, step: int, target: Any, where: str) -> Any:
 
     try:
         if target is None:
-            target = jax.tree.map(_target, _metadata(directory, step).metadata)
+            here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            target = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+                _metadata(directory, step).metadata,
+            )
         return ocp.load(_step_path(directory, step), target)
     except Exception as error:
         raise CheckpointError(
-            f"{where} cannot be read: {_first_line(error)}. Its files were damaged: "
+            f"{where} cannot be read: {_first_line(error)}. If its files were damaged, "
             "restore another step."
         ) from error
 

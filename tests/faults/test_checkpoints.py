@@ -1,6 +1,7 @@
 """Rows F, and those of G that a checkpoint from a stranger can bring."""
 
 import functools
+import gc
 import json
 import os
 import pathlib
@@ -53,6 +54,13 @@ ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 pytestmark = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )
+
+
+@pytest.fixture(autouse=True)
+def futures_are_collected():
+    """In the test that left them, not at the end of all."""
+    yield
+    gc.collect()
 
 
 def against_orbax(reason):
