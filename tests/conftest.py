@@ -3,7 +3,9 @@
 import collections
 import importlib.util
 import os
+import re
 
+import pytest
 from hypothesis import settings
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -37,8 +39,25 @@ def pytest_report_header():
     return None
 
 
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Notes how many examples a property test tried."""
+    report = (yield).get_result()
+    passing = re.findall(r"(\d+) passing", getattr(item, "hypothesis_statistics", ""))
+    if report.when == "teardown" and passing:
+        report.user_properties.append(("examples", sum(map(int, passing))))
+
+
 def pytest_terminal_summary(terminalreporter):
-    """Prints the contract: how many checks every transformation kept."""
+    """Prints how many examples were tried, and the contract that was kept."""
+    tried = [
+        number
+        for report in terminalreporter.getreports("")
+        for name, number in report.user_properties
+        if name == "examples"
+    ]
+    if tried:
+        terminalreporter.line(f"{sum(tried)} examples of {len(tried)} properties")
     kept, broken = collections.Counter(), collections.Counter()
     for outcome, rows in (("passed", kept), ("failed", broken)):
         for report in terminalreporter.stats.get(outcome, []):

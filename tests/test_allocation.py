@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from budget import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,7 +37,7 @@ def dropped(allocation, sparsity, tensors=TENSORS, scores=None):
     return np.asarray(counts)
 
 
-@settings(max_examples=250)
+@settings(max_examples=examples(250))
 @given(FRACTIONS, st.integers(1, LARGEST), st.integers(0, 3))
 def test_a_traced_fraction_of_any_size_is_rounded_exactly(sparsity, size, spread):
     sizes = np.array([size, LARGEST - spread, 2**24 + spread, spread + 1])
@@ -45,7 +46,7 @@ def test_a_traced_fraction_of_any_size_is_rounded_exactly(sparsity, size, spread
     assert got.tolist() == [round(exact * int(n)) for n in sizes]
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(st.floats(0, 1), SIZES)
 def test_a_python_fraction_is_rounded_on_the_host(sparsity, size):
     got = drop_count(Target(sparsity), np.array([size]))
@@ -118,7 +119,7 @@ def test_erdos_renyi_fills_a_tensor_before_it_gives_to_others():
     np.testing.assert_array_equal(dropped(mj.ErdosRenyi(), 0.25), [64 - 41, 64 - 51, 0])
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(st.floats(0, 1), st.sampled_from([0, 1, 3]))
 def test_erdos_renyi_reaches_the_total_exactly(sparsity, min_keep):
     got = dropped(mj.ErdosRenyi(min_keep=min_keep), sparsity)

@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+from budget import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -63,7 +64,7 @@ def score_arrays(draw, shapes=SHAPES):
     return scores
 
 
-@settings(max_examples=1200)
+@settings(max_examples=examples(1200))
 @given(score_arrays(), st.floats(0, 1))
 def test_the_highest_scores_are_kept_and_ties_settled_by_index(scores, part):
     n_keep = round(part * scores.size)
@@ -77,7 +78,7 @@ def drop_in_slices(scores, n_drop, hint, stacked):
     return selection.keep_masks([scores], [tensor], n_drop, hint=hint)[0][0]
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(score_arrays([(2, 3, 4)]), st.lists(st.integers(0, 12), min_size=6, max_size=6))
 def test_slices_of_a_stack_are_ranked_separately(scores, n_drop):
     for stacked, slices in ((1, 2), (2, 6)):
@@ -88,7 +89,7 @@ def test_slices_of_a_stack_are_ranked_separately(scores, n_drop):
         np.testing.assert_array_equal(got, want.reshape(scores.shape))
 
 
-@settings(max_examples=400)
+@settings(max_examples=examples(400))
 @given(
     score_arrays([(64,), (5, 6)]),
     st.floats(0, 1),
@@ -178,7 +179,7 @@ def drop_more(scores, kept, n_drop):
     return selection.keep_masks([scores], [tensor], n_drop, kept=[kept])[0][0] & kept
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(score_arrays([(7,), (5, 6)]), st.floats(0, 1), st.integers(0, 2**32 - 1))
 def test_dropped_scores_stay_dropped_and_count(scores, part, bits):
     kept = np.random.default_rng(bits).random(scores.shape) < 0.6
@@ -216,7 +217,7 @@ def global_oracle(segments, n_drop, most):
     return mask
 
 
-@settings(max_examples=400)
+@settings(max_examples=examples(400))
 @given(
     score_arrays([(30,)]),
     st.integers(0, 30),

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from budget import examples
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -202,7 +203,7 @@ def keep_in_windows(x, axis, m, n_drop, kept):
     return grouping.keep_in_windows(x, axis, m, n_drop, kept)
 
 
-@settings(max_examples=80)
+@settings(max_examples=examples(80))
 @given(
     st.lists(SCORES, min_size=42, max_size=42),
     st.sampled_from([(0, 4), (1, 4), (1, 3), (0, 10)]),
@@ -233,7 +234,7 @@ def scores_of(x, block, reduce):
     return grouping.group_scores(x, block, reduce)
 
 
-@settings(max_examples=80)
+@settings(max_examples=examples(80))
 @given(
     st.one_of(
         st.lists(MAGNITUDES, min_size=12, max_size=12),
@@ -355,7 +356,7 @@ def test_erdos_renyi_densities_follow_the_shapes_of_the_weights():
     np.testing.assert_array_equal(n_drop, [16 - 6, 16 - 8, 4 - 4])
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(st.floats(0, 1))
 def test_erdos_renyi_comes_within_a_group_of_the_total(sparsity):
     shapes = {"big": (8, 8), "long": (4, 16), "small": (2, 8)}

@@ -5,6 +5,7 @@ from fractions import Fraction
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from budget import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +30,7 @@ def value(number):
     return (high.astype(np.int64) << wide.BITS) + low
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=examples(50))
 @given(counts)
 def test_sums_carry(numbers):
     array = jnp.asarray(numbers, jnp.int32)
@@ -38,7 +39,7 @@ def test_sums_carry(numbers):
     np.testing.assert_array_equal(value(wide.sums_after(array)), after)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=examples(100))
 @given(large, large, st.integers(0, 2**31 - 1))
 def test_numbers_compare_and_subtract(a, b, most):
     x, y = wide.from_int(a), wide.from_int(b)
