@@ -18,7 +18,7 @@ class ChapterState(NamedTuple):
 
 
 def by_quantile(scores, sparsity):
-    return scores > jnp.quantile(scores.astype(jnp.float32), sparsity)
+    return scores > jnp.quantile(scores, sparsity)
 
 
 def by_sort(scores, sparsity):

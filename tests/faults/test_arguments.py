@@ -143,6 +143,8 @@ def _naive_on_schedule(steps):
     return prune._cache_size()
 
 
-@both("compiles anew for each sparsity", ours=_ours_on_schedule, naive=_naive_on_schedule)
+@both(
+    "compiles anew for each sparsity", ours=_ours_on_schedule, naive=_naive_on_schedule
+)
 def test_B10_a_rising_sparsity_is_compiled_once(subject):
     assert subject(100) == 1
