@@ -21,20 +21,25 @@ SPARSITY = 0.5
 RNG = np.random.default_rng(0)
 PARAMS = {
     "a": {"kernel": jnp.asarray(RNG.normal(size=(4, 5)), jnp.float32)},
-    "b": {"kernel": jnp.asarray(RNG.normal(size=(3, 7)), jnp.float32)},
+    "b": {"kernel": jnp.asarray(RNG.normal(size=(2, 11)), jnp.float32)},
     "bias": jnp.asarray(RNG.normal(size=6), jnp.float32),
 }
-LEAVES = [("a", (4, 5)), ("b", (3, 7)), ("bias", (6,))]
-KEPT = {"a": 20 - round(SPARSITY * 20), "b": 21 - round(SPARSITY * 21)}
+KEPT = {"a": 10, "b": 11}
 ASKED = mj.cubic(SPARSITY, begin=1, end=8, every=2)
+# An optimizer with moments has to be kept from what is not finite, as always.
 FORMS = {
-    "ema": lambda: optax.chain(optax.adam(1e-2), mj.movement_pruning(ASKED)),
-    "taylor": lambda: mj.movement_pruning(ASKED, mj.Taylor(), inner=optax.adam(1e-2)),
-    "movement": lambda: mj.movement_pruning(
-        ASKED, mj.Movement(), inner=optax.sgd(0.1), regrow=True
-    ),
+    "sgd": lambda: optax.chain(optax.sgd(0.1), mj.movement_pruning(ASKED)),
     "unchecked": lambda: optax.chain(
         optax.sgd(0.1), mj.movement_pruning(ASKED, check_finite=False)
+    ),
+    "adam": lambda: optax.apply_if_finite(
+        optax.chain(optax.adam(1e-2), mj.movement_pruning(ASKED)), 100
+    ),
+    "taylor": lambda: optax.apply_if_finite(
+        mj.movement_pruning(ASKED, mj.Taylor(), inner=optax.adam(1e-2)), 100
+    ),
+    "movement": lambda: mj.movement_pruning(
+        ASKED, mj.Movement(), inner=optax.sgd(0.1), regrow=True
     ),
 }
 
@@ -106,14 +111,16 @@ def test_a_thousand_trainings_with_bad_values_end_at_the_exact_sparsity(form):
 
 
 def test_naive_trainings_with_bad_values_do_not():
-    tx = optax.chain(optax.adam(1e-2), naive.pruning())
+    tx = optax.chain(optax.sgd(0.1), naive.pruning())
 
     @jax.vmap
     def prune(opt_state):
         return naive.prune((PARAMS, opt_state), SPARSITY)[1]
 
     good = survivors(prune(survive(tx)), naive.find_state)
-    assert good.sum() < CASES / 2
+    unharmed = ~cases()["steps"].any(axis=1)
+    assert good[unharmed].all() and unharmed.sum() > 10
+    assert not good[~unharmed & (cases()["leaf"] < 2)].any()
 
 
 SIZE = (8, 16)

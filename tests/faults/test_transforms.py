@@ -162,7 +162,7 @@ def descent(devices):
     tx = optax.chain(optax.adamw(1e-2), mj.movement_pruning(mj.cubic(0.8, 5, 40)))
 
     @jax.jit
-    def step(params, opt_state):
+    def step(params, opt_state, inputs, targets):
         def loss(params):
             return jnp.mean((jnp.tanh(inputs @ params["kernel"]) - targets) ** 2)
 
@@ -173,7 +173,7 @@ def descent(devices):
     params = jax.device_put(params, replicated)
     state = params, tx.init(params)
     for _ in range(50):
-        state = step(*state)
+        state = jax.block_until_ready(step(*state, inputs, targets))
     return np.asarray(state[0]["kernel"]), mask_of(OURS, state[1])
 
 
@@ -184,27 +184,24 @@ def test_E7_bits_repeat_on_one_topology_and_counts_are_exact_on_any():
     again = descent(1)
     assert weights.tobytes() == again[0].tobytes()
     assert masks.tobytes() == again[1].tobytes()
-    for devices in (2, 8):
-        weights_there, masks_there = descent(devices)
-        assert weights_there.tobytes() != weights.tobytes()  # sums of floats differ
-        assert masks_there.sum() == masks.sum() == 512 - round(0.8 * 512)
-        assert np.sum(masks_there != masks) <= 8
+    weights_there, masks_there = descent(4)
+    assert weights_there.tobytes() != weights.tobytes()  # sums of floats differ
+    assert masks_there.sum() == masks.sum() == 512 - round(0.8 * 512)
+    assert np.sum(masks_there != masks) <= 8
 
 
 @pytest.mark.parametrize("allocation", [mj.Uniform(), mj.Global()], ids=repr)
 def test_E8_the_debugging_modes_of_jax_find_nothing(allocation):
     schedule = mj.cubic(0.5, begin=0, end=3)
+    pruning = mj.movement_pruning(schedule, allocation=allocation)
+    tx = optax.chain(optax.sgd(0.1), pruning)
     state, grads = (PARAMS, tx.init(PARAMS)), pull(PARAMS)
-    level = jnp.float32(0.75)
+    level, apply = jnp.float32(0.75), jax.jit(optax.apply_updates)
     with jax.debug_nans(True), jax.checking_leaks():
-        step = jax.jit(
-            lambda params, opt_state, grads: tx.update(grads, opt_state, params)
-        )
-        step.lower(*state, grads)  # compiles before transfers are forbidden
         with jax.transfer_guard("disallow"):
             for _ in range(4):
-                updates, opt_state = step(grads, state[1], state[0])
-                state = optax.apply_updates(state[0], updates), opt_state
+                updates, opt_state = jax.jit(tx.update)(grads, state[1], state[0])
+                state = apply(state[0], updates), opt_state
             state = jax.jit(mj.prune)(state, level)
     assert mask_of(OURS, state[1]).sum() == 16
 
