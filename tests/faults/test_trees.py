@@ -98,15 +98,16 @@ def test_C6_random_keys_are_left_alone(subject):
 
 
 @pytest.mark.parametrize("hole", ["a", "k", "z"])
-@pytest.mark.parametrize("bad", ["b", "kernel", "y"])
-def test_C7_a_bad_gradient_is_seen_on_either_side_of_a_none(hole, bad):
+def test_C7_a_bad_gradient_is_seen_on_either_side_of_a_none(hole):
     params = {"b": jnp.ones(2), "kernel": KERNEL, "y": jnp.ones(2), hole: None}
-    grads = jax.tree.map(jnp.zeros_like, params)
-    grads[bad] = grads[bad].at[0].set(np.nan)
     tx = mj.movement_pruning(0.5, mj.Magnitude())
-    _, state = jax.jit(tx.update)(grads, tx.init(params), params)
-    assert (state.step, state.events.skipped) == (0, 1)
-    assert np.asarray(state.masks["kernel"]).all()
+    update = jax.jit(tx.update)
+    for bad in ("b", "kernel", "y"):
+        grads = jax.tree.map(jnp.zeros_like, params)
+        grads[bad] = grads[bad].at[0].set(np.nan)
+        _, state = update(grads, tx.init(params), params)
+        assert (state.step, state.events.skipped) == (0, 1)
+        assert np.asarray(state.masks["kernel"]).all()
 
 
 @both("float0 cannot be multiplied", raises=ERRORS)
