@@ -275,7 +275,8 @@ def test_A16_one_threshold_is_exact_where_counts_carry(monkeypatch):
     monkeypatch.setattr(wide, "BITS", 3)
     tx = mj.movement_pruning(None, mj.Magnitude(), allocation=mj.Global(0))
     params = {"a": {"kernel": KERNEL}, "b": {"kernel": 0.3 * KERNEL}}
-    _, opt_state = jax.jit(mj.prune)((params, tx.init(params)), 0.55)
+    prune = jax.jit(lambda state: mj.prune(state, 0.55))
+    _, opt_state = prune((params, tx.init(params)))
     masks = [np.asarray(m).ravel() for m in jax.tree.leaves(opt_state.masks)]
     size = np.abs(np.concatenate([x.ravel() for x in jax.tree.leaves(params)]))
     want = np.ones(128, bool)
