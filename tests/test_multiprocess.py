@@ -38,7 +38,7 @@ def alone():
     return launch(1, devices=4, shape=(2, 2))[0]
 
 
-def test_two_processes_make_the_masks_of_one(two, alone):
+def test_E5_two_processes_make_the_masks_of_one(two, alone):
     reports, _ = two
     assert [report["process"] for report in reports] == [0, 1]
     for report in reports:

@@ -1,0 +1,129 @@
+"""All faults that are known, by id, and the tests that are named after them."""
+
+import ast
+import pathlib
+import re
+
+TESTS = pathlib.Path(__file__).parents[1]
+FAULTS = {
+    # Numbers
+    "A1": "one weight is NaN",
+    "A2": "one gradient is NaN",
+    "A3": "a gradient is Inf, and then -Inf",
+    "A4": "more than half of the scores are NaN",
+    "A5": "all scores are zero, as every step was skipped",
+    "A6": "apply_if_finite gives up",
+    "A7": "steps are skipped, or gathered by MultiSteps",
+    "A8": "a slow average of bfloat16 weights",
+    "A9": "products of float16 underflow or overflow",
+    "A10": "bfloat16 scores tie",
+    "A11": "subnormals, and zeros of both signs",
+    "A12": "masking by multiplication leaves -0.0 and NaN",
+    "A13": "a pruned weight becomes NaN, which no update undoes",
+    "A14": "counts to keep are rounded in float32",
+    "A15": "weights are counted in float32",
+    "A16": "more than 2**31 weights",
+    "A17": "the step counter wraps",
+    "A18": "64-bit mode",
+    # Arguments
+    "B1": "a percentage for a fraction",
+    "B2": "a negative sparsity",
+    "B3": "a sparsity of NaN",
+    "B4": "a sparsity that is no number",
+    "B5": "a traced sparsity out of range",
+    "B6": "sparsity 0 prunes",
+    "B7": "sparsity 1 empties a tensor",
+    "B8": "all scores are equal",
+    "B9": "half of the scores are zero",
+    "B10": "a compilation for every sparsity",
+    # Trees and dtypes
+    "C1": "a leaf without elements",
+    "C2": "a leaf that is a scalar",
+    "C3": "a leaf of integers",
+    "C4": "a leaf of bools",
+    "C5": "a complex leaf",
+    "C6": "a leaf of random keys",
+    "C7": "None for a leaf",
+    "C8": "gradients of type float0",
+    "C9": "a tree that grew, shrank, was renamed or frozen",
+    "C10": "a shape that changed, and broadcasts",
+    "C11": "two leaves of one shape that trade places",
+    "C12": "an update without params",
+    "C13": "tied weights as two leaves",
+    "C14": "a donated state that is used again",
+    "C15": "scores that share the buffer of the weights, both donated",
+    "C16": "a layer that collapses under a common threshold",
+    # Position in the optimizer
+    "D1": "the mask before an optimizer",
+    "D2": "the mask before whatever else changes updates",
+    "D3": "false alarms in right orders",
+    "D4": "a first-order score that sees updates for gradients",
+    "D5": "the momentum of pruned weights",
+    "D6": "a weight and its negative in several dtypes",
+    # Transforms, devices, hosts
+    "E1": "jit, vmap, scan, grad, remat",
+    "E2": "parts of a tensor in shard_map",
+    "E3": "sharded tensors under jit",
+    "E4": "sums of floats depend on the sharding",
+    "E5": "several processes",
+    "E6": "one process decides otherwise than another",
+    "E7": "other devices after a restart",
+    "E8": "the debugging modes of JAX",
+    # Checkpoints
+    "F1": "killed while saving",
+    "F2": "killed while saving asynchronously",
+    "F3": "a checkpoint overwritten",
+    "F4": "disk full",
+    "F5": "disk full while saving asynchronously",
+    "F6": "disk full while overwriting",
+    "F7": "a bit flips in the data",
+    "F8": "a bit flips in the metadata",
+    "F9": "a file is cut short",
+    "F10": "a page of a file is zeroed",
+    "F11": "a file is missing",
+    "F12": "a key, shape or name that differs",
+    "F13": "a dtype that differs",
+    "F14": "restored without a target",
+    "F15": "masks of another run",
+    "F16": "a name with a dot in it",
+    "F17": "leaves that are no arrays",
+    "F18": "another mesh",
+    "F19": "unusual dtypes",
+    "F20": "params alone are restored",
+    "F21": "the step alone is lost",
+    "F22": "scores are lost, or saved in bfloat16",
+    "F23": "two writers in one directory",
+    # Hostile input
+    "G1": "a checkpoint with a symlink",
+    "G2": "a param named like a file elsewhere",
+    "G3": "files that run code",
+    "G4": "hostile headers of safetensors",
+    "G5": "safetensors of random bytes",
+    "G6": "bools whose byte is neither 0 nor 1",
+    "G7": "bombs of msgpack",
+    "G8": "bombs of npz",
+    "G9": "patterns that take for ever",
+}
+_NOT_READ = "the package reads none of these, as the lint of G3 shows"
+OUT_OF_SCOPE = {
+    "C13": "not built: two leaves have two masks; tie them in the model, as one leaf",
+    **dict.fromkeys(("G4", "G5", "G7", "G8"), _NOT_READ),
+}
+_BY_CHECKPOINTS = "needs what a checkpoint says of the run: tests of checkpoints"
+PENDING = {
+    id: _BY_CHECKPOINTS
+    for id in FAULTS
+    if id.startswith("F") or id in ("C11", "G1", "G2")
+}
+_NAME = re.compile(r"test_([A-G]\d+)_\w+")
+
+
+def find_tests():
+    """``{id: [(file, function)]}`` of all tests that are named after a fault."""
+    found = {}
+    for path in sorted(TESTS.rglob("test_*.py")):
+        for node in ast.parse(path.read_text()).body:
+            named = isinstance(node, ast.FunctionDef) and _NAME.fullmatch(node.name)
+            if named:
+                found.setdefault(named[1], []).append((path, node.name))
+    return found
