@@ -2,13 +2,16 @@
 
 import argparse
 import collections
+import re
 import sys
 
 import pytest
 from rich.console import Console
 from rich.table import Table
 
-from .catalogue import FAULTS, OUT_OF_SCOPE, PENDING, TESTS, find_tests
+from .catalogue import FAULTS, OUT_OF_SCOPE, TESTS, find_tests
+
+_IDS = re.compile(r"^test_([A-Z]\d+_)+")
 
 
 class Outcomes:
@@ -44,7 +47,8 @@ def main():
     parser.add_argument("--quick", action="store_true", help="leave slow tests out")
     arguments = parser.parse_args()
     tests, outcomes = find_tests(), Outcomes()
-    nodes = [f"{path}::{name}" for found in tests.values() for path, name in found]
+    found = [test for named in tests.values() for test in named]
+    nodes = [f"{path}::{name}" for path, name in dict.fromkeys(found)]
     options = ["-n0", "-p", "no:cacheprovider", "-q", "--no-header", "-rfE"]
     options += ["--rootdir", str(TESTS.parent)]
     options += ["-m", "not slow"] if arguments.quick else []
@@ -59,12 +63,11 @@ def main():
             said = verdict(ours, "passed", ("survives", "FAILS"))
             row = said, verdict(naive, "skipped", ("fails", "SURVIVES"))
         else:
-            reason = OUT_OF_SCOPE.get(id) or PENDING.get(id)
-            kind = "out of scope" if id in OUT_OF_SCOPE else "pending"
-            row = (kind, reason) if reason else ("MISSING", "")
+            reason = OUT_OF_SCOPE.get(id)
+            row = ("out of scope", reason) if reason else ("MISSING", "")
         failed |= any(word.isupper() for word in " ".join(row[:1]).split())
         failed |= row[1].startswith("SURVIVES")
-        shown = [name.removeprefix(f"test_{id}_").replace("_", " ") for name in names]
+        shown = [_IDS.sub("", name).replace("_", " ") for name in names]
         table.add_row(id, fault, "\n".join(shown), *row)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     survived = sum(bool(tests.get(id)) for id in FAULTS)

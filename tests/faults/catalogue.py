@@ -109,21 +109,16 @@ OUT_OF_SCOPE = {
     "C13": "not built: two leaves have two masks; tie them in the model, as one leaf",
     **dict.fromkeys(("G4", "G5", "G7", "G8"), _NOT_READ),
 }
-_BY_CHECKPOINTS = "needs what a checkpoint says of the run: tests of checkpoints"
-PENDING = {
-    id: _BY_CHECKPOINTS
-    for id in FAULTS
-    if id.startswith("F") or id in ("C11", "G1", "G2")
-}
-_NAME = re.compile(r"test_([A-G]\d+)_\w+")
+_NAME = re.compile(r"test_((?:[A-Z]\d+_)+)\w+")
 
 
 def find_tests():
-    """``{id: [(file, function)]}`` of all tests that are named after a fault."""
+    """``{id: [(file, function)]}`` of all tests named after one fault or several."""
     found = {}
     for path in sorted(TESTS.rglob("test_*.py")):
         for node in ast.parse(path.read_text()).body:
             named = isinstance(node, ast.FunctionDef) and _NAME.fullmatch(node.name)
-            if named:
-                found.setdefault(named[1], []).append((path, node.name))
+            for id in named[1].strip("_").split("_") if named else ():
+                if id in FAULTS:
+                    found.setdefault(id, []).append((path, node.name))
     return found

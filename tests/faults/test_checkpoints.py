@@ -131,16 +131,21 @@ def run_python(code, *args, **options):
     )
 
 
-def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
+def test_F14_what_is_saved_comes_back_bit_for_bit_in_its_own_types(tmp_path):
     state = trained()
     mj.checkpoint.save(tmp_path, 3, state)
     assert_same(mj.checkpoint.restore(tmp_path, like=fresh(seed=1)), state)
     abstract = jax.eval_shape(fresh)
     assert_same(mj.checkpoint.restore(tmp_path, like=abstract), state)
+    assert jax.tree.structure(mj.checkpoint.restore(tmp_path, like=abstract)) == (
+        jax.tree.structure(state)
+    )
     assert mj.checkpoint.verify(tmp_path) == {3: mj.fingerprint(state)}
+    with pytest.raises(TypeError, match="like"):
+        mj.checkpoint.restore(tmp_path)
 
 
-def test_any_tree_of_arrays_is_saved_and_verified(tmp_path):
+def test_F19_any_tree_of_arrays_is_saved_and_verified(tmp_path):
     state = {
         "key": jax.random.key(3),
         "box": nn.Partitioned(jnp.ones((2, 2)), names=("a", None)),
@@ -408,6 +413,17 @@ def test_F15_arrays_of_another_run_are_told(tmp_path):
         mj.checkpoint.restore(tmp_path / "b", like=like)
     with pytest.raises(CheckpointError, match="Good steps: none"):
         mj.checkpoint.verify(tmp_path / "b")
+
+
+@against_orbax("names of list entries say nothing of what is in them")
+def test_C11_arrays_that_trade_places_are_told(tmp_path, subject):
+    x, y = jnp.ones(3), jnp.zeros(3)
+    subject.save(tmp_path / "a", 1, {"layers": [x, y]})
+    subject.save(tmp_path / "b", 1, {"layers": [y, x]})
+    manifest = "1/_CHECKPOINT_METADATA"
+    shutil.copy(tmp_path / "a" / manifest, tmp_path / "b" / manifest)
+    with pytest.raises(CheckpointError, match="'layers/0' is not what was saved"):
+        subject.restore(tmp_path / "b", {"layers": [x, y]})
 
 
 @against_orbax("one of the two overwrites the other")
