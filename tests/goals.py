@@ -1,0 +1,174 @@
+"""Prints what trust in this library rests on: the goals, and how far each is reached.
+
+`python -m tests.goals` runs the tests behind them; `--kills 100 --mutants 100` also
+those that take long, so many times.
+"""
+
+import argparse
+import collections
+import pathlib
+import re
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from tests.faults import catalogue
+
+ROOT = pathlib.Path(__file__).parents[1]
+FUZZ, CHECKPOINTS = "tests/faults/test_fuzz.py", "tests/faults/test_checkpoints.py"
+POSITION, PROCESSES = "tests/faults/test_position.py", "tests/test_multiprocess.py"
+COMPILED_ONCE = (
+    "tests/test_transform.py::"
+    "test_a_thousand_steps_compile_once_and_keep_pruned_weights_at_zero"
+)
+PROPERTIES = [f"tests/test_{n}.py" for n in ("wide", "allocation", "selection")]
+PROPERTIES += ["tests/test_structure.py"]
+
+
+class Figure(NamedTuple):
+    """How often something failed, of how many times it was tried."""
+
+    failed: int = 0
+    tried: int = 0
+
+
+GOALS = {  # what; how often it is to be tried; tests that count as one try each
+    "R1": ("faults with a test of their name that fails on naive code", 80, None),
+    "R2": ("trainings with NaN and Inf that end at the exact sparsity", 1000, None),
+    "R3": ("examples of properties against NumPy", 20_000, None),
+    "R4": ("counts kept, exact", 1000, None),
+    "R5": ("masks that are the same however scores are sharded", 500, None),
+    "R6": ("masks that are the same on all processes, and copies told", 1, PROCESSES),
+    "R7": ("kills after which training ends in the same bits", 100, None),
+    "R8": ("kills around a save that lose nothing and leave nothing wrong", 100, None),
+    "R9": ("flipped bits of a checkpoint, told or harmless", 400, None),
+    "R10": ("saves on a full disk that keep the last good step", 20, None),
+    "R12": ("wrong and right orders of a chain, told and not told", 30, "_orders_"),
+    "R14": ("changes of the core rooms that tests notice", 100, None),
+    "R15": ("modules that pyrefly finds nothing in", 1, None),
+    "R16": ("schedules of 1,000 steps in one compilation", 1, COMPILED_ONCE),
+    "R17": ("checks of the contract of a transformation", 1, "tests/test_contract.py"),
+}
+NOT_HERE = {
+    "R11": "a million hostile files: test_checkpoints.py damages some 500",
+    "R13": "coverage: `coverage run -m pytest -n 0`",
+    "R18": "every message by its text: by eye, in the tests named after B and C",
+    "R19": "minutes of a run: the last line of `bash .ci/run`",
+    "R20": "old checkpoints: no format has been released yet",
+}
+
+
+class Record:
+    """What tests noted: a figure for a goal, or that they passed."""
+
+    def __init__(self):
+        self.figures = collections.defaultdict(Figure)
+        self.outcomes = {}
+
+    def pytest_runtest_logreport(self, report):
+        expected = hasattr(report, "wasxfail")
+        if report.when == "call" and not expected:
+            self.outcomes[report.nodeid] = report.outcome
+        if report.when == "teardown":
+            for name, value in report.user_properties:
+                if name == "examples":
+                    self.add("R3", (0, value))
+                elif name in GOALS:
+                    self.add(name, value)
+
+    def add(self, goal, figure):
+        failed, tried = figure
+        so_far = self.figures[goal]
+        self.figures[goal] = Figure(so_far.failed + failed, so_far.tried + tried)
+
+    def count(self, goal, part):
+        for nodeid, outcome in self.outcomes.items():
+            if part in nodeid and outcome != "skipped":
+                self.add(goal, (outcome != "passed", 1))
+
+
+def run_tests(record):
+    faults = [test for found in catalogue.find_tests().values() for test in found]
+    nodes = [f"{path}::{name}" for path, name in dict.fromkeys(faults)]
+    nodes += [FUZZ, CHECKPOINTS, POSITION, PROCESSES, COMPILED_ONCE, *PROPERTIES]
+    nodes += ["tests/test_contract.py"]
+    options = ["-q", "--no-header", "-rfE", "-p", "no:cacheprovider"]
+    pytest.main([*nodes, *options, "--rootdir", str(ROOT)], plugins=[record])
+    for goal, (_, _, part) in GOALS.items():
+        if part:
+            record.count(goal, part)
+    for id, found in catalogue.find_tests().items():
+        names = {name for _, name in found}
+        ran = [o for n, o in record.outcomes.items() if _function(n) in names]
+        if id not in catalogue.OUT_OF_SCOPE and "passed" in ran:
+            record.add("R1", ("failed" in ran, 1))
+
+
+def _function(nodeid):
+    return nodeid.rpartition("::")[2].partition("[")[0]
+
+
+def run_kills(record, kills):
+    command = [sys.executable, "-m", "tests.faults.killing", "--saves", str(kills)]
+    command += ["--trainings", str(-(-kills // 4))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    saves = re.search(r"(\d+) processes killed.*: (\d+) lost", done.stdout)
+    trained = re.search(r"trainings with (\d+) kills: (\d+) ended", done.stdout)
+    for goal, found in (("R8", saves), ("R7", trained)):
+        record.add(goal, (int(found[2]), int(found[1])) if found else (1, 1))
+
+
+def run_mutants(record, sample):
+    command = [sys.executable, "-m", "tests.mutants", str(sample)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    print(done.stdout)
+    found = re.search(r"(\d+) noticed, (\d+) survive", done.stdout)
+    killed, survive = map(int, found.groups()) if found else (0, 1)
+    record.add("R14", (survive, killed + survive))
+
+
+def run_types(record):
+    command = ["pyrefly", "check", "--python-interpreter-path", sys.executable]
+    modules = len([*(ROOT / "movement_jax").rglob("*.py")])
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        return
+    found = re.search(r"(\d+) errors?", done.stdout + done.stderr)
+    record.add("R15", (int(found[1]) if found else 1, modules))
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m tests.goals", description=__doc__)
+    parser.add_argument("--kills", type=int, default=0, help="processes to kill")
+    parser.add_argument("--mutants", type=int, default=0, help="changes to try")
+    arguments = parser.parse_args()
+    record = Record()
+    run_tests(record)
+    run_types(record)
+    if arguments.kills:
+        run_kills(record, arguments.kills)
+    if arguments.mutants:
+        run_mutants(record, arguments.mutants)
+    table = Table("Goal", "What", "To be tried", "Tried", "Failed", "Verdict")
+    for goal, (what, bar, _) in GOALS.items():
+        failed, tried = record.figures[goal]
+        # Of mutants some are the same program: one in ten may survive.
+        good = failed <= (tried // 10 if goal == "R14" else 0)
+        verdict = "reached" if good and tried >= bar else "short" if good else "FAILED"
+        shown = (f"{bar:,}", f"{tried:,}", f"{failed:,}") if tried else (f"{bar:,}",)
+        table.add_row(
+            goal, what, *shown, *([verdict] if tried else ["", "", "not run"])
+        )
+    for goal, where in NOT_HERE.items():
+        table.add_row(goal, where, "", "", "", "elsewhere")
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    return any(figure.failed for figure in record.figures.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
