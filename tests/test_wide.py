@@ -50,6 +50,12 @@ def test_numbers_compare_and_subtract(a, b, most):
     assert wide.clipped(wide.minus(x, y), jnp.int32(most)) == min(max(a - b, 0), most)
 
 
+@pytest.mark.parametrize("number", [0, 1, 7, 8, 65_537, 10**6 - 1, 2**33 + 12345])
+def test_a_number_is_the_nearest_float_or_nearly(number):
+    got = float(wide.to_float(wide.from_int(number)))
+    assert abs(got - number) <= number * 2**-23
+
+
 @pytest.mark.parametrize("n_drop", [0, 1, 7, 8, 9, 63, 64, 65, 200, 299, 300])
 def test_a_common_threshold_is_exact_when_counts_carry(n_drop):
     rng = np.random.default_rng(n_drop)
