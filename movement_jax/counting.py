@@ -314,11 +314,8 @@ def _count_keys(
     # it with so many: what is dropped already lies below all thresholds but NaN.
     lowest = jnp.finfo(x.dtype).min
     tops = [jnp.where(at < lowest, jnp.nan, at) for at in thresholds]
-    counts = _sums([~kept | (x <= top) for top in tops], tensor)
-    return [
-        jnp.where(jnp.isnan(at).reshape(-1), 0, count)
-        for at, count in zip(thresholds, counts)
-    ]
+    nothing = [jnp.isnan(at) for at in thresholds]
+    return _sums([~kept | (x <= top) for top in tops], tensor, nothing)
 
 
 @functools.partial(jax.jit, static_argnums=4)
@@ -368,10 +365,16 @@ def _as_float(rows: Sequence[jax.Array]) -> list[jax.Array]:
     return [lax.bitcast_convert_type(row, jnp.float32) for row in rows]
 
 
-def _sums(predicates: Sequence[jax.Array], tensor: Tensor) -> list[jax.Array]:
-    """How often each holds in every segment, on all devices."""
+def _sums(
+    predicates: Sequence[jax.Array],
+    tensor: Tensor,
+    nothing: Sequence[jax.Array] = (),
+) -> list[jax.Array]:
+    """How often each holds in every segment, on all devices; 0 where ``nothing``."""
     sums = tally(predicates, tuple(range(tensor.leading, len(tensor.shape))))
     counts = [_replicated(s).reshape(tensor.segments) for s in sums]
+    for i, none in enumerate(nothing):
+        counts[i] = jnp.where(none.reshape(tensor.segments), 0, counts[i])
     return sum_over(counts, tensor.axes)
 
 
