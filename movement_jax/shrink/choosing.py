@@ -60,7 +60,9 @@ def choose(
         raise ValueError(f"`scope` must be one of {_SCOPES}, got {scope!r}.")
     for name, value in (("round_to", round_to), ("min_keep", min_keep)):
         if not isinstance(value, int) or value < 1:
-            raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+            raise ValueError(
+                f"`{name}` must be an integer of at least 1, got {value!r}."
+            )
     if not isinstance(scores, Mapping):
         raise ValueError(
             "`scores` maps names of groups to arrays, got "

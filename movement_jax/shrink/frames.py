@@ -55,8 +55,11 @@ class Walk:
     def __init__(self) -> None:
         self._derivatives: dict[int, tuple[Program, list[int]] | None] = {}
         self._alive: list[object] = []  # so that no `id` is used twice
+        self._within = False  # a derivative, whose own are not followed
 
-    def frame(self, program: Program, ins: Sequence[Axes]) -> Frame:
+    def frame(
+        self, program: Program, ins: Sequence[Axes], caller: Site | None = None
+    ) -> Frame:
         """Walks a program whose arguments have the given layouts."""
         frame = Frame(program)
         for var in program.constvars:
@@ -64,7 +67,7 @@ class Walk:
         frame.layouts |= dict(zip(program.invars, ins))
         for number, equation in enumerate(program.equations):
             operands = [frame.of(v) for v in equation.invars]
-            outs = self._equation(frame, number, Site(equation), operands)
+            outs = self._equation(frame, number, Site(equation, caller), operands)
             frame.layouts |= dict(zip(equation.outvars, outs))
         return frame
 
@@ -74,19 +77,20 @@ class Walk:
         call = jaxprs.call_of(site.equation)
         if call is None:
             shapes = [*site.shapes, *([dims.size(a) for a in x] for x in ins)]
-            empty = any(0 in shape for shape in shapes)
-            rule = rules.RULES.get(site.equation.primitive.name, rules.unknown)
+            name = site.equation.primitive.name
+            empty = name not in rules.SAFE_EMPTY and any(0 in shape for shape in shapes)
+            rule = rules.RULES.get(name, rules.unknown)
             return (rules.unknown if empty else rule)(site, ins)
         outs, frames = getattr(self, f"_{call.kind}")(site, call, ins)
         frame.inner[number] = frames
-        if call.kind in ("jvp", "vjp"):
+        if call.kind in ("jvp", "vjp") and not self._within:
             own = self._derivative(site, call.kind, ins, outs)
             if own is not None:
                 frame.derivatives[number] = own
         return outs
 
     def _call(self, site: Site, call: jaxprs.Call, ins: list[Axes]):
-        inner = self.frame(call.programs[0], ins)
+        inner = self.frame(call.programs[0], ins, site)
         return inner.results, (inner,)
 
     _remat = _jvp = _vjp = _call
@@ -99,7 +103,8 @@ class Walk:
         steps = lengths[0] if lengths else site.pinned(length, "the length of a scan")
         for other in lengths[1:]:
             site.unify(steps, other)
-        body = self.frame(call.programs[0], [*ins[:start], *(x[1:] for x in xs)])
+        args = [*ins[:start], *(x[1:] for x in xs)]
+        body = self.frame(call.programs[0], args, site)
         results = body.results
         self._equate(site, carry, results[: call.carry])
         return [*carry, *((steps, *y) for y in results[call.carry :])], (body,)
@@ -107,13 +112,14 @@ class Walk:
     def _while(self, site: Site, call: jaxprs.Call, ins: list[Axes]):
         start = call.consts + call.body_consts
         carry = ins[start:]
-        test = self.frame(call.programs[0], [*ins[: call.consts], *carry])
-        body = self.frame(call.programs[1], [*ins[call.consts : start], *carry])
+        test = self.frame(call.programs[0], [*ins[: call.consts], *carry], site)
+        args = [*ins[call.consts : start], *carry]
+        body = self.frame(call.programs[1], args, site)
         self._equate(site, carry, body.results)
         return carry, (test, body)
 
     def _cond(self, site: Site, call: jaxprs.Call, ins: list[Axes]):
-        branches = tuple(self.frame(program, ins[1:]) for program in call.programs)
+        branches = tuple(self.frame(each, ins[1:], site) for each in call.programs)
         for other in branches[1:]:
             self._equate(site, branches[0].results, other.results)
         return branches[0].results, branches
@@ -136,7 +142,10 @@ class Walk:
         program, own = found
         inexact = [a for a, v in zip(outs, equation.outvars) if _has_tangent(v)]
         chosen = [ins[i] for i in own]
-        frame = self.frame(program, [*ins, *(chosen if kind == "jvp" else inexact)])
+        given = chosen if kind == "jvp" else inexact
+        self._within = True
+        frame = self.frame(program, [*ins, *given], site)
+        self._within = False
         expected = [*outs, *inexact] if kind == "jvp" else chosen
         self._equate(site, expected, frame.results)
         return frame, own

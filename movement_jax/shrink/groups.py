@@ -175,7 +175,9 @@ class Groups:
             for axis, layout in enumerate(axes):
                 own = dims.kept(layout, stays)
                 if own is not None:
-                    mask &= own.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+                    mask &= own.reshape(
+                        [-1 if i == axis else 1 for i in range(len(shape))]
+                    )
             out.append(jnp.asarray(mask))
         return self.analysis.tree.unflatten(out)
 
@@ -245,7 +247,9 @@ class Groups:
                 )
         missing = [name for name in shapes if name not in leaves]
         if missing and not holes:
-            raise ValueError(f"`{what}` does not fit the groups: {missing[:5]} missing.")
+            raise ValueError(
+                f"`{what}` does not fit the groups: {missing[:5]} missing."
+            )
         return leaves
 
     def _kept(self, keep: Keep, allow_inexact: bool) -> dict[Atom, np.ndarray]:

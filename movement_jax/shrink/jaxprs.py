@@ -163,12 +163,12 @@ def in_context(equation: Equation) -> Any:
     return source_info_util.user_context(info.traceback, name_stack=names)
 
 
-def source_line(equation: Equation) -> str:
-    """Where in the user's program an equation comes from: ``file.py:12``."""
+def source_line(equation: Equation) -> str | None:
+    """Where in the user's program an equation comes from, if known: ``file.py:12``."""
     told = source_info_util.summarize(equation.source_info)
     place = told.split(" (")[0].split(":")
     if len(place) < 2:
-        return "unknown line"
+        return None
     return f"{'/'.join(pathlib.PurePath(place[0]).parts[-2:])}:{place[1]}"
 
 

@@ -166,7 +166,9 @@ class Plan:
             for axis, at in self.cuts.get(name, {}).items():
                 stays = np.zeros(mask.shape[axis], bool)
                 stays[list(at)] = True
-                mask &= stays.reshape([-1 if i == axis else 1 for i in range(mask.ndim)])
+                mask &= stays.reshape(
+                    [-1 if i == axis else 1 for i in range(mask.ndim)]
+                )
             return x if mask.all() else jnp.where(mask, x, jnp.zeros_like(x))
 
         return jax.tree_util.tree_map_with_path(pick, params)

@@ -191,8 +191,8 @@ class Cutter:
 def _no_derivative(site: Site) -> ValueError:
     return ValueError(
         "`shrunk(fn)` cannot be differentiated here, since "
-        f"{site.told('the derivative of this function could not be traced')}. Shrink "
-        "the gradient instead: `shrunk(jax.grad(loss), plan)`."
+        f"{site.told('a function with a derivative of its own has only its first')}. "
+        "Shrink the derivative instead, as in `shrunk(jax.grad(loss), plan)`."
     )
 
 
@@ -283,9 +283,7 @@ def _conv(cutter, site, vals, before, after):
 
 
 def _tile(cutter, site, vals, before, after):
-    reps = tuple(
-        cutter.size(b) // cutter.size(a) for a, b in zip(before[0], after[0])
-    )
+    reps = tuple(cutter.size(b) // cutter.size(a) for a, b in zip(before[0], after[0]))
     return jaxprs.bind(site.equation, vals, reps=reps)
 
 

@@ -6,7 +6,6 @@ and pin; what it cannot describe it pins. A primitive without a rule pins all it
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from movement_jax.shrink import dims, jaxprs
 from movement_jax.shrink.dims import Layout
@@ -25,15 +24,22 @@ class Site:
       shapes: of its results.
     """
 
-    def __init__(self, equation: jaxprs.Equation) -> None:
+    def __init__(self, equation: jaxprs.Equation, caller: "Site | None" = None) -> None:
         self.equation = equation
+        self._caller = caller
         self.params = equation.params
         self.shapes = [jaxprs.shape_of(v) for v in equation.outvars]
 
     def told(self, why: str) -> str:
         """A reason with the operation and its source line."""
+        return f"{why} (`{self.equation.primitive.name}`, {self._line()})"
+
+    def _line(self) -> str:
+        """Of functions inside of JAX only the line that calls them is known."""
         line = jaxprs.source_line(self.equation)
-        return f"{why} (`{self.equation.primitive.name}`, {line})"
+        if line is None:
+            return "unknown line" if self._caller is None else self._caller._line()
+        return line
 
     def pin(self, layout: Layout, why: str) -> Layout:
         """Pins an axis, for a reason."""
@@ -206,6 +212,9 @@ def _slice(site: Site, ins: list[Axes]) -> list[Axes]:
     strides, out = site.params["strides"] or (1,) * len(starts), []
     for layout, start, limit, step in zip(ins[0], starts, limits, strides):
         n = dims.size(layout)
+        if start == limit:
+            out.append(dims.new(0))
+            continue
         if step == 1:
             points = sorted({0, start, limit, n})
             out.append(_cut(site, layout, points)[points.index(start)])
@@ -376,7 +385,9 @@ def _window(site: Site, ins: list[Axes]) -> list[Axes]:
 
 def _tile(site: Site, ins: list[Axes]) -> list[Axes]:
     return [
-        tuple(dims.new(n) + a if n > 1 else a for n, a in zip(site.params["reps"], ins[0]))
+        tuple(
+            dims.new(n) + a if n > 1 else a for n, a in zip(site.params["reps"], ins[0])
+        )
     ]
 
 
@@ -396,6 +407,9 @@ rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical s
 sinh sqrt square stop_gradient sub tan tanh xor
 """.split()
 REDUCTIONS = "sum max min prod and or xor".split()
+
+# These take arrays without elements like others.
+SAFE_EMPTY = {*ELEMENTWISE, "slice", "concatenate", "broadcast_in_dim", "transpose"}
 
 RULES: dict[str, DimsRule] = {
     **dict.fromkeys(ELEMENTWISE, elementwise),

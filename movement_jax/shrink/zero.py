@@ -100,7 +100,9 @@ def parameter(axes: Axes, value: Any = None) -> Flow:
     return Flow(zero=zero)
 
 
-def follow(frame: Frame, ins: Sequence[Flow], exact: Exactness) -> list[Flow]:
+def follow(
+    frame: Frame, ins: Sequence[Flow], exact: Exactness, caller: Site | None = None
+) -> list[Flow]:
     """Runs the rules over a frame; what is known of its results."""
     known: dict[Any, Flow] = {}
     program = frame.program
@@ -112,14 +114,14 @@ def follow(frame: Frame, ins: Sequence[Flow], exact: Exactness) -> list[Flow]:
 
     for number, equation in enumerate(program.equations):
         flows = [read(v) for v in equation.invars]
-        site = Site(equation)
+        site = Site(equation, caller)
         before = [frame.of(v) for v in equation.invars]
         after = [frame.of(v) for v in equation.outvars]
         call = jaxprs.call_of(equation)
         if call is not None:
-            outs = _CALLS[call.kind](frame.inner[number], call, flows, exact)
+            outs = _CALLS[call.kind](frame.inner[number], call, flows, exact, site)
             if number in frame.derivatives:
-                _derivative(frame.derivatives[number], call.kind, flows, exact)
+                _derivative(frame.derivatives[number], call.kind, flows, exact, site)
         else:
             name = equation.primitive.name
             outs = RULES.get(name, unknown)(exact, site, flows, before, after)
@@ -141,35 +143,43 @@ def _constant(value: Any) -> Flow:
     return Flow(float(first)) if (array == first).all() else Flow()
 
 
-def _call(frames: Any, call: Any, flows: list[Flow], exact: Exactness) -> list[Flow]:
-    return follow(frames[0], flows, exact)
+def _call(
+    frames: Any, call: Any, flows: list[Flow], exact: Exactness, site: Site
+) -> list[Flow]:
+    return follow(frames[0], flows, exact, site)
 
 
-def _scan(frames: Any, call: Any, flows: list[Flow], exact: Exactness) -> list[Flow]:
+def _scan(
+    frames: Any, call: Any, flows: list[Flow], exact: Exactness, site: Site
+) -> list[Flow]:
     (body,), start = frames, call.consts + call.carry
     consts, carry = flows[: call.consts], flows[call.consts : start]
     xs = [_moved(x, {i: i - 1 for i, _ in x.zero}) for x in flows[start:]]
     carry, outs = _settle(
-        lambda carry: follow(body, [*consts, *carry, *xs], exact), carry
+        lambda carry: follow(body, [*consts, *carry, *xs], exact, site), carry
     )
     ys = [_moved(y, {i: i + 1 for i, _ in y.zero}) for y in outs[call.carry :]]
     return [*carry, *ys]
 
 
-def _while(frames: Any, call: Any, flows: list[Flow], exact: Exactness) -> list[Flow]:
+def _while(
+    frames: Any, call: Any, flows: list[Flow], exact: Exactness, site: Site
+) -> list[Flow]:
     start = call.consts + call.body_consts
     tests, consts, carry = (
         flows[: call.consts],
         flows[call.consts : start],
         flows[start:],
     )
-    carry, _ = _settle(lambda c: follow(frames[1], [*consts, *c], exact), carry)
-    follow(frames[0], [*tests, *carry], exact)
+    carry, _ = _settle(lambda c: follow(frames[1], [*consts, *c], exact, site), carry)
+    follow(frames[0], [*tests, *carry], exact, site)
     return carry
 
 
-def _cond(frames: Any, call: Any, flows: list[Flow], exact: Exactness) -> list[Flow]:
-    branches = [follow(frame, flows[1:], exact) for frame in frames]
+def _cond(
+    frames: Any, call: Any, flows: list[Flow], exact: Exactness, site: Site
+) -> list[Flow]:
+    branches = [follow(frame, flows[1:], exact, site) for frame in frames]
     out = branches[0]
     for other in branches[1:]:
         out = [_meet(a, b) for a, b in zip(out, other)]
@@ -184,12 +194,15 @@ _CALLS = {
 }
 
 
-def _derivative(own: Any, kind: str, flows: list[Flow], exact: Exactness) -> None:
+def _derivative(
+    own: Any, kind: str, flows: list[Flow], exact: Exactness, site: Site
+) -> None:
     """Tangents are zero where values are; nothing is known of cotangents."""
     frame, chosen = own
     rest = len(frame.program.invars) - len(flows)
     more = [Flow(zero=flows[i].zero) for i in chosen]
-    follow(frame, [*flows, *(more if kind == "jvp" else [Flow()] * rest)], exact)
+    given = more if kind == "jvp" else [Flow()] * rest
+    follow(frame, [*flows, *given], exact, site)
 
 
 def _settle(
@@ -218,7 +231,9 @@ def _same(a: Flow, b: Flow) -> bool:
 
 def _moved(flow: Flow, where: dict[int, int]) -> Flow:
     """The same with axes renumbered; those not named are forgotten."""
-    zero = {(where[i], a): z for (i, a), z in flow.zero.items() if where.get(i, -1) >= 0}
+    zero = {
+        (where[i], a): z for (i, a), z in flow.zero.items() if where.get(i, -1) >= 0
+    }
     return Flow(flow.value, zero)
 
 
@@ -417,9 +432,7 @@ def _squeeze(
     return [_moved(flows[0], _axes(*((i, k) for k, i in enumerate(rest))))]
 
 
-def _joined(
-    axis: int, flows: list[Flow], layouts: list[Layout], rank: int
-) -> Flow:
+def _joined(axis: int, flows: list[Flow], layouts: list[Layout], rank: int) -> Flow:
     """Several end to end: zero along ``axis`` where all parts with the leaf are."""
     first = flows[0].value
     if first is not None and all(flow.value == first for flow in flows):
