@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from movement_jax import tree as _tree
-from movement_jax.shrink import dims, jaxprs, zero
+from movement_jax.shrink import dims, flows, jaxprs, zero
 from movement_jax.shrink.frames import Frame, Walk
 from movement_jax.shrink.rules import Axes
 
@@ -33,20 +33,20 @@ class Analysis:
     out_tree: Any
     out_names: tuple[str, ...]
 
-    def exactness(self, values: Sequence[Any] | None = None) -> zero.Exactness:
+    def exactness(self, values: Sequence[Any] | None = None) -> flows.Exactness:
         """What can be cut exactly.
 
         Args:
           values: of the params, for the units that are zero already; None for units
             that would be zeroed.
         """
-        found = zero.Exactness()
-        flows = [
-            zero.parameter(axes, None if values is None else values[i])
+        found = flows.Exactness()
+        known = [
+            flows.parameter(axes, None if values is None else values[i])
             for i, axes in enumerate(self.axes)
         ]
-        rest = len(self.frame.program.invars) - len(flows)
-        zero.follow(self.frame, flows + [zero.Flow()] * rest, found)
+        rest = len(self.frame.program.invars) - len(known)
+        zero.follow(self.frame, known + [flows.Flow()] * rest, found)
         return found
 
 

@@ -41,7 +41,7 @@ Layout = tuple[Atom, ...]
 def new(size: int, note: str | None = None) -> Layout:
     """An axis of which nothing is known."""
     notes = frozenset() if note is None else frozenset({note})
-    return () if size == 1 else (Atom(size, notes=notes),)
+    return () if size == 1 else (Atom(int(size), notes=notes),)
 
 
 def size(layout: Layout) -> int:

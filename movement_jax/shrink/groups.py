@@ -14,8 +14,8 @@ from movement_jax import tree as _tree
 from movement_jax.shrink import analysis, dims
 from movement_jax.shrink.analysis import Analysis
 from movement_jax.shrink.dims import Atom, Layout
+from movement_jax.shrink.flows import Exactness
 from movement_jax.shrink.plan import Plan
-from movement_jax.shrink.zero import Exactness
 
 Status = Literal["prunable", "inexact", "pinned"]
 Reduction = Literal["sum", "mean", "l2", "max"]

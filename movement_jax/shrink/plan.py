@@ -157,7 +157,7 @@ class Plan:
         return out
 
     def mask(self, params: Any) -> Any:
-        """``params`` with 0 where the plan cuts: the dense model that equals the cut."""
+        """``params`` with 0 where the plan cuts: a dense model equal to the cut one."""
 
         def pick(path: Any, x: Any) -> Any:
             name = _tree.path_name(path)
@@ -256,16 +256,12 @@ class PlanSummary:
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
 
     def __str__(self) -> str:
-        return report.rendered(self)
+        left = self.after / max(self.before, 1)
+        total = f"{self.before:,} parameters, {self.after:,} left ({left:.1%})."
+        return f"{report.rendered(self)}\n\n{total}"
 
     def __rich__(self) -> Any:
-        left = self.after / max(self.before, 1)
-        table = report.new_table(
-            "Group",
-            *("Units", "Left"),
-            title="Cut",
-            caption=f"{self.before:,} parameters, {self.after:,} left ({left:.1%}).",
-        )
+        table = report.new_table("Group", "Units", "Left", title="Cut")
         for name, (n, of) in self.units.items():
             report.add_row(table, name, f"{of:,}", f"{n:,}")
         return table

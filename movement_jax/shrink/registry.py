@@ -1,13 +1,13 @@
 """Rules for primitives that are not JAX's own."""
 
-from movement_jax.shrink import rewriting, rules, zero
+from movement_jax.shrink import flows, rewriting, rules, zero_rules
 
 
 def register_rule(
     primitive: str,
     *,
     dims: rules.DimsRule,
-    zero_flow: zero.ZeroRule | None = None,
+    zero_flow: flows.ZeroRule | None = None,
     rewrite: rewriting.Emit | None = None,
 ) -> None:
     """Teaches :func:`movement_jax.shrink.find_groups` a primitive.
@@ -32,13 +32,13 @@ def register_rule(
 
     Examples:
       >>> from movement_jax import shrink
-      >>> from movement_jax.shrink import rules, zero
+      >>> from movement_jax.shrink import rules
       >>> shrink.register_rule("my_scaled_tanh", dims=rules.elementwise)
     """
     if primitive in rules.RULES:
         raise ValueError(f"`primitive`={primitive!r} has a rule already.")
     rules.RULES[primitive] = dims
     if zero_flow is not None:
-        zero.RULES[primitive] = zero_flow
+        zero_rules.RULES[primitive] = zero_flow
     if rewrite is not None:
         rewriting.EMITS[primitive] = rewrite

@@ -165,10 +165,11 @@ def _broadcast_in_dim(site: Site, ins: list[Axes]) -> list[Axes]:
 
 
 def _reshape(site: Site, ins: list[Axes]) -> list[Axes]:
-    if site.params["dimensions"] is not None:
-        return unknown(site, ins)
+    order, operand = site.params["dimensions"], ins[0]
+    if order is not None:
+        operand = tuple(operand[i] for i in order)
     out = tuple(dims.new(d) for d in site.shapes[0])
-    site.unify(tuple(itertools.chain(*ins[0])), tuple(itertools.chain(*out)))
+    site.unify(tuple(itertools.chain(*operand)), tuple(itertools.chain(*out)))
     return [out]
 
 
@@ -203,7 +204,9 @@ def _cut(site: Site, layout: Layout, points: Sequence[int]) -> list[Layout]:
 
 def _split(site: Site, ins: list[Axes]) -> list[Axes]:
     axis, sizes = site.params["axis"], site.params["sizes"]
-    parts = _cut(site, ins[0][axis], [0, *itertools.accumulate(sizes)])
+    points = [0, *itertools.accumulate(n for n in sizes if n)]
+    found = iter(_cut(site, ins[0][axis], points))
+    parts = [next(found) if n else dims.new(0) for n in sizes]
     return [(*ins[0][:axis], part, *ins[0][axis + 1 :]) for part in parts]
 
 
@@ -232,7 +235,8 @@ def _slice(site: Site, ins: list[Axes]) -> list[Axes]:
 
 def _pad(site: Site, ins: list[Axes]) -> list[Axes]:
     out = []
-    for layout, (low, high, inner) in zip(ins[0], site.params["padding_config"]):
+    for layout, config in zip(ins[0], site.params["padding_config"]):
+        low, high, inner = map(int, config)
         if low < 0 or high < 0 or inner:
             site.pin(layout, "padded inside or cut by padding")
             n = dims.size(layout)
@@ -391,6 +395,18 @@ def _tile(site: Site, ins: list[Axes]) -> list[Axes]:
     ]
 
 
+def _stack(site: Site, ins: list[Axes]) -> list[Axes]:
+    (common,) = set(elementwise(site, ins)) if ins[0] else {()}
+    axis = site.params["axis"]
+    own = dims.concatenate([()] * len(ins)) if len(ins) > 1 else ()
+    return [(*common[:axis], own, *common[axis:])]
+
+
+def _bitcast(site: Site, ins: list[Axes]) -> list[Axes]:
+    same = tuple(map(dims.size, ins[0])) == site.shapes[0]
+    return ins if same else unknown(site, ins)
+
+
 def _unstack(site: Site, ins: list[Axes]) -> list[Axes]:
     axis = site.params["axis"]
     site.pin(ins[0][axis], "taken apart")
@@ -409,7 +425,7 @@ sinh sqrt square stop_gradient sub tan tanh xor
 REDUCTIONS = "sum max min prod and or xor".split()
 
 # These take arrays without elements like others.
-SAFE_EMPTY = {*ELEMENTWISE, "slice", "concatenate", "broadcast_in_dim", "transpose"}
+SAFE_EMPTY = {*ELEMENTWISE, "broadcast_in_dim", "concatenate", "pad", "slice", "split"}
 
 RULES: dict[str, DimsRule] = {
     **dict.fromkeys(ELEMENTWISE, elementwise),
@@ -422,6 +438,7 @@ RULES: dict[str, DimsRule] = {
     "select_and_scatter_add": _window,
     "argmax": _arg_reduce,
     "argmin": _arg_reduce,
+    "bitcast_convert_type": _bitcast,
     "broadcast_in_dim": _broadcast_in_dim,
     "concatenate": _concatenate,
     "conv_general_dilated": _conv,
@@ -444,6 +461,7 @@ RULES: dict[str, DimsRule] = {
     "sort": _along("dimension", "sorted along"),
     "split": _split,
     "squeeze": _squeeze,
+    "stack": _stack,
     "tile": _tile,
     "top_k": _top_k,
     "transpose": _transpose,

@@ -78,8 +78,8 @@ def verify(
 ) -> "Verified":
     """Compares the masked dense model with the shrunk one.
 
-    Both run under ``jit`` on the same inputs. Results that are smaller after the cut are
-    compared where they remain.
+    Both run under ``jit`` on the same inputs. Results that are smaller after the cut
+    are compared where they remain.
 
     Args:
       fn: the original function.
@@ -210,8 +210,8 @@ def _projected(plan: Plan, found: Analysis) -> dict[Atom, np.ndarray]:
         got = dims.kept(layout, keep)
         if not np.array_equal(stays, np.ones_like(stays) if got is None else got):
             raise ValueError(
-                f"`plan` does not fit `fn`, which ties axis {axis} of {name!r} to others "
-                "that keep other positions. Make the plan with `find_groups(fn, ...)`."
+                f"`plan` does not fit `fn`, which ties axis {axis} of {name!r} to "
+                "others that keep other positions. Find the groups of this `fn`."
             )
     for name, axis, layout, _ in wanted:
         for leaf in dims.leaves(layout):
