@@ -10,6 +10,7 @@ from movement_jax.shrink.groups import Group, Groups, Member, find_groups
 from movement_jax.shrink.plan import Plan, PlanSummary
 from movement_jax.shrink.registry import register_rule
 from movement_jax.shrink.shrinking import Verified, shrunk, verify
+from movement_jax.shrink.training import mask_units
 
 __all__ = [
     "Group",
@@ -20,6 +21,7 @@ __all__ = [
     "Verified",
     "choose",
     "find_groups",
+    "mask_units",
     "register_rule",
     "shrunk",
     "verify",

@@ -76,16 +76,14 @@ def parameter(axes: Axes, value: Any = None) -> Flow:
       value: its values, to find where they are zero; None for wherever units go.
     """
     zero: Zero = {}
-    if value is not None:
-        alive = np.asarray(value) != 0
     for axis, layout in enumerate(axes):
+        alive = np.zeros(dims.size(layout), bool)
+        if value is not None:
+            rest = tuple(i for i in range(len(axes)) if i != axis)
+            alive = (np.asarray(value) != 0).any(rest)
         for leaf, index in dims.units(layout):
-            found = np.ones(leaf.size, bool)
-            if value is not None:
-                rows = alive.any(tuple(i for i in range(alive.ndim) if i != axis))
-                found[index[rows & (index >= 0)]] = False
-            old = zero.get((axis, leaf))
-            zero[axis, leaf] = found if old is None else found & old
+            found = zero.setdefault((axis, leaf), np.ones(leaf.size, bool))
+            found[index[alive & (index >= 0)]] = False
     return Flow(zero=zero)
 
 

@@ -52,15 +52,15 @@ class Drawn:
         """A new parameter, or at times one of that shape again."""
         same = [n for n, s in self.shapes.items() if s == shape and n in self.used()]
         if same and self.rng.random() < 0.2:
-            return self.params[same[self.rng.integers(len(same))]]
+            return jnp.asarray(self.params[same[self.rng.integers(len(same))]])
         name = f"w{self.count}"
         self.count += 1
         if name not in self.shapes:
             self.shapes[name] = shape
             scale = 1 / np.sqrt(shape[0])
             values = np.random.default_rng(self.count + 99 * self.seed)
-            self.params[name] = jnp.asarray(values.normal(size=shape) * scale)
-        return self.params[name]
+            self.params[name] = values.normal(size=shape) * scale
+        return jnp.asarray(self.params[name])
 
     def used(self):
         return [f"w{i}" for i in range(self.count)]
@@ -99,9 +99,13 @@ class Drawn:
         return jnp.concatenate([v, self.one()], -1)
 
     def do_half(self, v):
+        if v.shape[-1] % 2:
+            return None
         return jnp.split(v, 2, -1)[self.pick(0, 1)]
 
     def do_halves(self, v):
+        if v.shape[-1] % 2:
+            return None
         a, b = jnp.split(v, 2, -1)
         return self.pick(a * jax.nn.silu(b), jnp.concatenate([a - b, a + b], -1))
 
@@ -269,10 +273,18 @@ class Drawn:
         return v @ (w + w.T) if self.rng.random() < 0.5 else v @ w @ w
 
 
+# Programs run once, so that compiling them well does not pay.
+CHEAP = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def run(fn, *args):
+    return jax.jit(fn).lower(*args).compile(compiler_options=CHEAP)(*args)
+
+
 def drawn(seed):
     program, params = Drawn(seed), {}
     x = jnp.asarray(np.random.default_rng(seed).normal(size=(BATCH, LENGTH, 5)))
-    program(params, x)
+    jax.eval_shape(lambda: program(params, x))  # makes the params
     return program, params, x
 
 
@@ -288,16 +300,17 @@ def check(seed):
         for g in groups.prunable
     }
     plan = groups.plan(keep)
-    want = jax.jit(lambda p, x: program(dict(p), x))(plan.mask(params), x)
-    got = jax.jit(shrink.shrunk(program, plan))(plan.shrink(params), x)
+    want = run(lambda p, x: program(dict(p), x), plan.mask(params), x)
+    got = run(shrink.shrunk(program, plan), plan.shrink(params), x)
     scale = max(float(jnp.abs(want).max()), 1e-3)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-9 * scale)
     return len(keep)
 
 
-def test_what_is_prunable_is_cut_exactly():
-    found = [check(seed) for seed in range(QUICK)]
-    assert np.mean(np.array(found) > 0) > 0.5  # the rest of them found nothing to cut
+@pytest.mark.parametrize("start", range(0, QUICK, 15))
+def test_what_is_prunable_is_cut_exactly(start):
+    found = [check(seed) for seed in range(start, start + 15)]
+    assert np.mean(np.array(found) > 0) > 0.5  # in the rest there was nothing to cut
 
 
 @pytest.mark.slow
@@ -320,15 +333,15 @@ def test_dead_units_change_nothing():
                     dead = np.isin(m.index, rng.permutation(group.size)[:2])
                     own = np.moveaxis(np.array(params[m.path]), m.axis, 0)
                     own[dead] = 0
-                    params[m.path] = jnp.asarray(np.moveaxis(own, 0, m.axis))
+                    params[m.path] = np.moveaxis(own, 0, m.axis)
         keep = groups.dead(params)
         lost = sum(int((~mask).sum()) for mask in keep.values())
         if not lost:
             continue
         removed += lost
         plan = groups.plan(keep)
-        want = jax.jit(lambda p, x, f=program: f(dict(p), x))(params, x)
-        got = jax.jit(shrink.shrunk(program, plan))(plan.shrink(params), x)
+        want = run(lambda p, x, f=program: f(dict(p), x), params, x)
+        got = run(shrink.shrunk(program, plan), plan.shrink(params), x)
         scale = max(float(jnp.abs(want).max()), 1e-3)
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-9 * scale)
     assert removed > 40
