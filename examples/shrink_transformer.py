@@ -1,6 +1,6 @@
 """Prunes whole heads and hidden units of a language model, cuts them out, times it.
 
-python examples/shrink_transformer.py                # about ten minutes on two cores
+python examples/shrink_transformer.py                # some minutes on two cores
 python examples/shrink_transformer.py --tiny         # a minute, to see it work
 """
 
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     tiny = parser.parse_args().tiny
     width, layers, heads, length = (32, 1, 4, 32) if tiny else (128, 4, 8, 128)
-    steps, recovery, batch = (100, 20, 16) if tiny else (600, 100, 16)
+    steps, recovery, batch = (100, 20, 16) if tiny else (300, 60, 16)
     model = _lm.Transformer(width=width, layers=layers, heads=heads, length=length)
     text = _lm.read_standard_library()
     excerpts = jnp.asarray(_lm.windows(text.validation, 4 * batch, length, 0))
@@ -88,7 +88,8 @@ def main() -> None:
         rows.append((f"masked {sparsity:.0%}", state[0], apply, after, one_shot))
         rows.append((f"shrunk {sparsity:.0%}", small, fn, after, one_shot))
     times = _times([(jax.jit(fn), params) for _, params, fn, *_ in rows], excerpts)
-    table = new_table("Model", "Parameters", "Loss", "One-shot", "Time", "Speed-up")
+    columns = ("Parameters", "Loss", "One-shot", "Time", "Speed-up")
+    table = new_table("Model", *columns, title=None)
     for (name, params, _, after, one_shot), seconds in zip(rows, times):
         size = sum(x.size for x in jax.tree.leaves(params))
         speed = np.median(np.array(times[0]) / np.array(seconds))

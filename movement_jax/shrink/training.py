@@ -4,8 +4,9 @@ from typing import Any
 
 import jax.tree_util
 
-from movement_jax import prune, tree
 from movement_jax import state as _state
+from movement_jax import tree
+from movement_jax.prune import apply_masks, unpack
 from movement_jax.shrink.groups import Groups, Keep
 
 
@@ -47,7 +48,7 @@ def mask_units(state: Any, groups: Groups, keep: Keep) -> Any:
       [[1. 1.]
        [0. 0.]]
     """
-    params, opt_state, rebuild = prune.unpack(state)
+    params, opt_state, rebuild = unpack(state)
     found = _state.find_state(opt_state)
     masks = dict(tree.named_leaves(groups.masks(keep)))
     tracked = {name for name, _ in tree.named_leaves(found.masks)}
@@ -62,6 +63,6 @@ def mask_units(state: Any, groups: Groups, keep: Keep) -> Any:
         return mask & masks[tree.path_name(path)]
 
     new = jax.tree_util.tree_map_with_path(both, found.masks)
-    params = prune.apply_masks(params, new)
+    params = apply_masks(params, new)
     new_state = found._replace(masks=new)
     return rebuild(params, _state.replace_state(opt_state, new_state))

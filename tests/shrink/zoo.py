@@ -1,13 +1,17 @@
 """Models to cut: each is a function, its params and inputs."""
 
 import functools
+import warnings
 
-import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # old versions use what new JAX deprecates
+    import equinox as eqx
 
 
 def normal(*shapes, seed=0):
