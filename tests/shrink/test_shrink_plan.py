@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import zoo
+from jax import export
 
 import movement_jax as mj
 from movement_jax import shrink
@@ -220,7 +221,7 @@ def test_shrunk_functions_can_be_mapped_and_exported():
     want = model(PLAN.mask(PARAMS), X)
     mapped = jax.vmap(run, in_axes=(None, 0))(small, X[:, None])[:, 0]
     np.testing.assert_allclose(mapped, want, atol=1e-6)
-    exported = jax.export.export(jax.jit(run))(small, X)
+    exported = export.export(jax.jit(run))(small, X)
     np.testing.assert_allclose(exported.call(small, X), want, atol=1e-6)
 
 
@@ -341,10 +342,10 @@ def test_errors_say_what_came_and_what_to_do(name):
 
 def test_symbolic_dimensions_are_refused():
     run = jax.jit(shrink.shrunk(model, PLAN))
-    (batch,) = jax.export.symbolic_shape("batch")
+    (batch,) = export.symbolic_shape("batch")
     x = jax.ShapeDtypeStruct((batch, 6), jnp.float32)
     with pytest.raises(ValueError, match="symbolic dimensions cannot be shrunk"):
-        jax.export.export(run)(PLAN.shrink(PARAMS), x)
+        export.export(run)(PLAN.shrink(PARAMS), x)
 
 
 def test_abstract_params_are_enough():
