@@ -111,6 +111,10 @@ ELEMENTWISE = {
         lambda h: h + lax.cond(h.sum() > 1e6, lambda h: h, lambda h: h + 1, h).sum(),
         "inexact",
     ),
+    "cond, other branch": (
+        lambda h: h + lax.cond(h.sum() < 1e6, lambda h: h + 1, lambda h: h, h).sum(),
+        "inexact",
+    ),
     "outer": (
         lambda h: jnp.einsum("bi,bj->bij", h, h).reshape(-1, 64)[:, ::9][:, :8],
         "pinned",
