@@ -1,0 +1,267 @@
+"""What to cut from which parameter: plain data, and what it does to trees."""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from movement_jax import report
+from movement_jax import tree as _tree
+
+_FORMAT = 1  # of the JSON
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which positions of which axes of which parameters stay.
+
+    Made by ``groups.plan(keep)``. It holds no arrays and no function, and prints as a
+    table. It is made for one set of shapes and refuses others.
+
+    Attributes:
+      shapes: path -> shape, of all params before the cut.
+      cuts: path -> axis -> positions that stay, increasing.
+      units: name of the group -> how many of its units stay, and how many there were.
+      inexact: whether groups are cut that cannot be cut exactly.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from movement_jax import shrink
+      >>> def model(params, x):
+      ...     return jax.nn.relu(x @ params["up"]) @ params["down"]
+      >>> params = {"up": jnp.ones((3, 4)), "down": jnp.ones((4, 2))}
+      >>> groups = shrink.find_groups(model, params, jnp.ones((1, 3)))
+      >>> plan = groups.plan({"up:1": jnp.array([True, False, False, True])})
+      >>> plan == shrink.Plan.from_json(plan.to_json())
+      True
+      >>> jax.tree.map(jnp.shape, plan.shrink(params))
+      {'down': (2, 2), 'up': (3, 2)}
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    cuts: dict[str, dict[int, tuple[int, ...]]]
+    units: dict[str, tuple[int, int]]
+    inexact: bool = False
+
+    def to_json(self) -> str:
+        """The plan as text."""
+        return json.dumps({"format": _FORMAT, **dataclasses.asdict(self)})
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """The plan that :meth:`to_json` wrote.
+
+        Raises:
+          ValueError: if ``text`` is none, or its positions do not fit its shapes.
+        """
+        try:
+            read = json.loads(text)
+            if read.pop("format") != _FORMAT:
+                raise ValueError("another format")
+            plan = cls(
+                shapes={name: tuple(shape) for name, shape in read["shapes"].items()},
+                cuts={
+                    name: {int(axis): tuple(at) for axis, at in own.items()}
+                    for name, own in read["cuts"].items()
+                },
+                units={name: (n, of) for name, (n, of) in read["units"].items()},
+                inexact=bool(read["inexact"]),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"`text` is no plan ({error!r}). Give what `plan.to_json()` returned."
+            ) from None
+        plan._check()
+        return plan
+
+    def small_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Path -> shape of all params after the cut.
+
+        A smaller module can be built by hand where its hyperparameters give these
+        shapes: a narrower hidden layer, fewer attention heads. With a smaller
+        ``head_dim`` or a smaller width under a LayerNorm it would compute something
+        else, since ``1 / sqrt(head_dim)`` and means are taken of the new sizes; only
+        :func:`movement_jax.shrink.shrunk` keeps the old ones.
+        """
+        return {
+            name: tuple(
+                len(self.cuts[name][axis]) if axis in self.cuts.get(name, {}) else d
+                for axis, d in enumerate(shape)
+            )
+            for name, shape in self.shapes.items()
+        }
+
+    def shrink(self, tree: Any) -> Any:
+        """Cuts params, or a tree like them such as masks or scores.
+
+        Works under ``jit``.
+
+        Args:
+          tree: leaves with the paths and shapes of the params. Leaves may be missing.
+
+        Raises:
+          ValueError: if a leaf has another path or shape.
+        """
+
+        def pick(path: Any, x: Any) -> Any:
+            name = _tree.path_name(path)
+            self._check_leaf("tree", name, x, self.shapes)
+            return self._cut(name, x)
+
+        return jax.tree_util.tree_map_with_path(pick, tree)
+
+    def shrink_like(self, state: Any) -> Any:
+        """Cuts all that lies like the params in an optimizer's state.
+
+        A leaf whose path ends in that of a parameter is cut like it: moments, masks,
+        scores, running averages.
+
+        Args:
+          state: of an optimizer, or any tree that holds trees like the params.
+
+        Returns:
+          The same tree; what belongs to no parameter that is cut is as it was.
+
+        Raises:
+          ValueError: if such a leaf has another shape than its parameter (a factored
+            moment, say), or nothing in ``state`` but scalars belongs to a parameter.
+        """
+        found, arrays = [], []
+
+        def pick(path: Any, x: Any) -> Any:
+            name = _tree.path_name(path)
+            if not jnp.ndim(x):
+                return x
+            arrays.append(name)
+            own = self._owner(name)
+            if own is None:
+                return x
+            found.append(own)
+            if own not in self.cuts:
+                return x
+            if jnp.shape(x) != self.shapes[own] and jnp.size(x) == 1:
+                return x  # a placeholder
+            self._check_leaf("state", own, x, self.shapes, at=name)
+            return self._cut(own, x)
+
+        out = jax.tree_util.tree_map_with_path(pick, state)
+        if arrays and not found:
+            raise ValueError(
+                "`state` holds nothing whose path ends in that of a parameter; it has "
+                f"{arrays[:5]}. `optax.flatten` hides the paths: shrink the params and "
+                "start its state anew."
+            )
+        return out
+
+    def mask(self, params: Any) -> Any:
+        """``params`` with 0 where the plan cuts: a dense model equal to the cut one."""
+
+        def pick(path: Any, x: Any) -> Any:
+            name = _tree.path_name(path)
+            self._check_leaf("params", name, x, self.shapes)
+            mask = np.ones(self.shapes[name], bool)
+            for axis, at in self.cuts.get(name, {}).items():
+                stays = np.zeros(mask.shape[axis], bool)
+                stays[list(at)] = True
+                mask &= stays.reshape(
+                    [-1 if i == axis else 1 for i in range(mask.ndim)]
+                )
+            return x if mask.all() else jnp.where(mask, x, jnp.zeros_like(x))
+
+        return jax.tree_util.tree_map_with_path(pick, params)
+
+    def summary(self) -> "PlanSummary":
+        """Sizes before and after, to print or to read."""
+        small = self.small_shapes()
+        before = sum(int(np.prod(shape)) for shape in self.shapes.values())
+        after = sum(int(np.prod(shape)) for shape in small.values())
+        cut = {n: (self.shapes[n], small[n]) for n in self.shapes if n in self.cuts}
+        return PlanSummary(before, after, dict(self.units), cut)
+
+    def __str__(self) -> str:
+        return str(self.summary())
+
+    def check_small(self, params: Any) -> None:
+        """Refuses params that do not have the shapes after the cut."""
+        small = self.small_shapes()
+        named = dict(_tree.named_leaves(params))
+        missing = [name for name in small if name not in named]
+        if missing:
+            raise ValueError(f"`params` does not fit the plan: {missing[:5]} missing.")
+        for name, x in named.items():
+            self._check_leaf("params", name, x, small)
+
+    def _check_leaf(
+        self,
+        what: str,
+        name: str,
+        x: Any,
+        shapes: dict[str, tuple[int, ...]],
+        at: str | None = None,
+    ) -> None:
+        if name not in shapes:
+            raise ValueError(
+                f"`{what}` does not fit the plan, which knows no leaf {name!r}. It was "
+                f"made for {list(shapes)[:5]}..."
+            )
+        if jnp.shape(x) != shapes[name]:
+            raise ValueError(
+                f"`{what}` does not fit the plan: leaf {at or name!r} has shape "
+                f"{jnp.shape(x)}, the plan says {shapes[name]}."
+            )
+
+    def _owner(self, name: str) -> str | None:
+        """The parameter with the longest path that a path ends in."""
+        parts = name.split("/")
+        for i in range(len(parts)):
+            if "/".join(parts[i:]) in self.shapes:
+                return "/".join(parts[i:])
+        return None
+
+    def _cut(self, name: str, x: Any) -> Any:
+        for axis, at in self.cuts.get(name, {}).items():
+            x = jnp.take(x, np.asarray(at), axis=axis)
+        return x
+
+    def _check(self) -> None:
+        for name, own in self.cuts.items():
+            for axis, at in own.items():
+                shape = self.shapes.get(name, ())
+                size = shape[axis] if 0 <= axis < len(shape) else 0
+                rising = all(a < b for a, b in zip(at, at[1:]))
+                if not at or not rising or at[0] < 0 or at[-1] >= size:
+                    raise ValueError(
+                        f"`text` is no plan: axis {axis} of {name!r}, which has shape "
+                        f"{shape}, cannot keep {list(at)[:5]}..."
+                    )
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanSummary:
+    """Sizes before and after a cut; prints as a table.
+
+    Attributes:
+      before: number of parameters.
+      after: how many are left.
+      units: name of the group -> how many units stay, and how many there were.
+      shapes: path -> shape before and after, of the params that are cut.
+    """
+
+    before: int
+    after: int
+    units: dict[str, tuple[int, int]]
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+
+    def __str__(self) -> str:
+        left = self.after / max(self.before, 1)
+        total = f"{self.before:,} parameters, {self.after:,} left ({left:.1%})."
+        return f"{report.rendered(self)}\n\n{total}"
+
+    def __rich__(self) -> Any:
+        table = report.new_table("Group", "Units", "Left", title="Cut")
+        for name, (n, of) in self.units.items():
+            report.add_row(table, name, f"{of:,}", f"{n:,}")
+        return table
