@@ -14,7 +14,7 @@ from movement_jax import counting, grouping, position, schedules, selection
 from movement_jax import structure as _structure
 from movement_jax.counting import Tensor
 from movement_jax.criteria import Magnitude
-from movement_jax.state import MovementState, PruningConfig, tensors_of
+from movement_jax.state import MovementState, PruningConfig, scores_of, tensors_of
 from movement_jax.structure import NM, Unstructured
 
 _ROUNDING = 1e-6  # of a third, written down
@@ -112,7 +112,7 @@ def change_masks(
     kept = None if state.config.regrow else state.masks
     if type(state.config.criterion) is Magnitude:
         return masks_from(weights, state, target, kept, starts, absolute=True)
-    scores = state.config.criterion.scores(state.scores, weights)
+    scores = scores_of(state, weights)
     return masks_from(scores, state, target, kept, starts)
 
 

@@ -180,6 +180,21 @@ def check_trained_params(opt_state: Any) -> None:
     jax.tree.leaves(opt_state, is_leaf=visit)
 
 
+def scores_of(state: MovementState, weights: Any) -> Any:
+    """The scores that a state ranks its weights by.
+
+    Args:
+      state: as carried by the optimizer.
+      weights: params with holes like ``state.masks``.
+    """
+    criterion: Any = state.config.criterion
+    if getattr(criterion, "reads_optimizer", False):
+        return criterion.scores(
+            state.scores, weights, optimizer_state=state.inner_state
+        )
+    return criterion.scores(state.scores, weights)
+
+
 def tensors_of(state: MovementState) -> list[counting.Tensor]:
     """The tensors that a state prunes, in flatten order."""
     return tensors_in(state.masks, state.config.stacked, state.config.axis_name)

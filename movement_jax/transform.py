@@ -18,6 +18,7 @@ from movement_jax.state import (
     Events,
     MovementState,
     PruningConfig,
+    scores_of,
     tensors_in,
 )
 from movement_jax.structure import Structure, Unstructured
@@ -122,6 +123,12 @@ def movement_pruning(
             "`track_noise` averages over whole tensors, which `axis_name` splits. Use "
             "one of them, or `jit` with sharded params, which needs no `axis_name`."
         )
+    if axis_name and getattr(criterion, "whole_tensors", False):
+        raise ValueError(
+            f"`{type(criterion).__name__}` looks at whole tensors, which `axis_name` "
+            "splits. Use another criterion, or `jit` with sharded params, which needs "
+            "no `axis_name`."
+        )
     config = PruningConfig(
         criterion=criterion,
         allocation=allocation,
@@ -145,7 +152,7 @@ def movement_pruning(
             _structure.check(config.structure, tensors)
             masking.check_reach(config, tensors, highest)
             groups = _structure.ranked_groups(config.structure, tensors)
-        return MovementState(
+        state = MovementState(
             step=jnp.zeros([], jnp.int32),
             scores=criterion.init(weights),
             masks=jax.tree.map(lambda w: jnp.ones_like(w, dtype=bool), weights),
@@ -166,6 +173,9 @@ def movement_pruning(
             config=config,
             inner_state=wrapped.init(params),
         )
+        if getattr(criterion, "reads_optimizer", False):
+            jax.eval_shape(scores_of, state, weights)  # says now what it misses
+        return state
 
     def update_fn(
         updates: optax.Updates,

@@ -24,23 +24,23 @@ SCHEDULE = mj.cubic(SPARSITY, begin=1, end=2)
 
 
 @dataclasses.dataclass(frozen=True)
-class Peak:
-    """The largest magnitude so far, slowly forgotten: a criterion of a user's own."""
+class Lowest:
+    """The smallest magnitude so far, slowly forgotten: a criterion of a user's own."""
 
-    decay: float = 0.99
+    growth: float = 1.01
     needs_gradients: ClassVar[bool] = False
     accumulates: ClassVar[bool] = True
 
     def init(self, params):
-        return jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
+        return jax.tree.map(lambda p: jnp.abs(p).astype(jnp.float32), params)
 
     def update(self, state, *, params, grads, new_params):
         del params, grads
 
-        def peak(score, weight):
-            return jnp.maximum(self.decay * score, jnp.abs(weight).astype(jnp.float32))
+        def lowest(score, weight):
+            return jnp.minimum(self.growth * score, jnp.abs(weight).astype(jnp.float32))
 
-        return jax.tree.map(peak, state, new_params)
+        return jax.tree.map(lowest, state, new_params)
 
     def scores(self, state, params):
         del params
@@ -58,7 +58,12 @@ CRITERIA = {
     "Taylor": mj.Taylor(),
     "Taylor(bfloat16)": mj.Taylor(scores_dtype="bfloat16"),
     "Random": mj.Random(),
-    "a user's own": Peak(),
+    "PeakMagnitude": mj.PeakMagnitude(),
+    "UpperConfidence": mj.UpperConfidence(),
+    "Dormancy": mj.Dormancy(),
+    "Sensitivity": mj.Sensitivity(),
+    "Fisher": mj.Fisher(),
+    "a user's own": Lowest(),
 }
 # One form will do.
 VARIANTS = [name for name in CRITERIA if name.endswith(")")]

@@ -30,6 +30,11 @@ CRITERIA = {
     "movement": mj.Movement(),
     "taylor": mj.Taylor(),
     "random": mj.Random(3),
+    "peak": mj.PeakMagnitude(half_life=3),
+    "confidence": mj.UpperConfidence(half_life=3),
+    "dormancy": mj.Dormancy(0.5, half_life=3),
+    "sensitivity": mj.Sensitivity(),
+    "fisher": mj.Fisher(),
 }
 SIZES = [16 * 32, *8 * [4 * 24]]  # of what is ranked: the kernel, then each layer
 SMALL = 4096  # bytes; counts are smaller, tensors larger
