@@ -34,6 +34,7 @@ from movement_jax.rounding import RoundedScores
 from movement_jax.schedules import Polynomial, Stepwise, cubic, linear, one_shot
 from movement_jax.selection import keep_top
 from movement_jax.sensitivity import Fisher, Sensitivity, SensitivityMoments
+from movement_jax.soft import SoftMovement, SoftScores
 from movement_jax.state import Events, MovementState, PruningConfig, Tracked, find_state
 from movement_jax.structure import NM, Axis, Block, Unstructured
 from movement_jax.transform import movement_pruning
@@ -69,6 +70,8 @@ __all__ = [
     "RoundedScores",
     "Sensitivity",
     "SensitivityMoments",
+    "SoftMovement",
+    "SoftScores",
     "Stepwise",
     "Summary",
     "Taylor",

@@ -327,7 +327,7 @@ class PerPath:
 
 def drop_total(target: Target, size: int) -> Wide:
     """:func:`drop_count` of one static size below 2**47."""
-    sparsity, final, progress = target
+    sparsity, final, progress = target.sparsity, target.final, target.progress
     if isinstance(sparsity, int | float):
         return wide.from_int(round(sparsity * size))
     count = _traced_total(sparsity, size)
@@ -350,7 +350,7 @@ def drop_count(target: Target, sizes: np.ndarray) -> jax.Array:
     Returns:
       Counts, shape ``(n,)``, int32.
     """
-    sparsity, final, progress = target
+    sparsity, final, progress = target.sparsity, target.final, target.progress
     if isinstance(sparsity, int | float):
         return jnp.asarray([round(sparsity * int(n)) for n in sizes], jnp.int32)
     count = _traced_drop_count(sparsity, sizes)
@@ -427,6 +427,33 @@ def _check_countable(tensors: Sequence[Tensor]) -> None:
             )
 
 
+def drop_at_zero(
+    allocation: Allocation,
+    tensors: Sequence[Tensor],
+    scores: Sequence[jax.Array],
+    kept: Sequence[jax.Array] | None,
+    starts: Sequence[jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    """How many scores of every segment lie at or below zero.
+
+    Of an allocation only ``min_keep`` holds then.
+
+    Args:
+      allocation: bounds how many that may be.
+      tensors: what is to be pruned.
+      scores: one array per tensor.
+      kept: masks so far, or None.
+      starts: from :func:`movement_jax.counting.segment_starts`.
+
+    Returns:
+      As :meth:`Allocation.n_drop`.
+    """
+    sizes, zero = counting.sizes(tensors), jnp.int32(0)
+    ranked = counting.Ranked(scores, kept, tensors, starts)
+    below = counting.count(ranked, jnp.broadcast_to(zero, (1, len(sizes))))[0]
+    return jnp.minimum(below, _most(sizes, allocation)), zero
+
+
 def window_drop(
     allocation: Allocation, target: Target, name: str, window: int
 ) -> jax.Array:
@@ -471,7 +498,7 @@ def _pour(amount: jax.Array, level: jax.Array, limit: Any, each: Any) -> jax.Arr
 
 
 def _most(sizes: np.ndarray, allocation: Any) -> np.ndarray:
-    least: int | float = allocation.min_keep
+    least: int | float = getattr(allocation, "min_keep", 0)
     floor = np.ceil(sizes * least) if isinstance(least, float) else least
     return np.maximum(sizes - floor, 0).astype(np.int32)
 

@@ -30,6 +30,10 @@ class Criterion(Protocol):
     its ``scores`` are given ``optimizer_state=``, that of the wrapped optimizer; with
     ``whole_tensors = True`` (default False) it must not see parts of tensors, and
     ``axis_name=`` is refused.
+
+    One that decides by itself how much is dropped, and when, has two methods more:
+    ``target(state)``, a :class:`movement_jax.schedules.Target`, and ``due(step)``,
+    whether masks change. It takes the place of a schedule, and needs ``regrow=True``.
     """
 
     def init(self, params: Any) -> Any:

@@ -36,20 +36,24 @@ def on_schedule(
       finite: whether this is a good step. Shape ``()``, bool.
       seen_alive: what :func:`movement_jax.position.look` saw; None with ``regrow``.
     """
-    if sparsity is None:
-        return state
     regrow, criterion = state.config.regrow, state.config.criterion
+    if sparsity is None and not hasattr(criterion, "target"):
+        return state
     # At this point of the update the step counter still tells the steps before it,
     # except with regrow, where the step has been counted.
     after = state.step if regrow else state.step + 1
-    if isinstance(sparsity, schedules.Polynomial):
+    if sparsity is None:
+        own: Any = criterion
+        target, sparsity = own.target(state.scores), own
+    elif isinstance(sparsity, schedules.Polynomial):
         target = sparsity.target(after)
     else:
         target = schedules.Target(sparsity(after) if callable(sparsity) else sparsity)
     if isinstance(target.sparsity, int | float):
         schedules.check_sparsity("sparsity", target.sparsity)
+    unknown = target.sparsity is None  # how much goes, before it is gone
     due = sparsity.due(after) if hasattr(sparsity, "due") else jnp.bool_(True)
-    asked = jnp.asarray(target.sparsity, jnp.float32)
+    asked = jnp.asarray(0 if unknown else target.sparsity, jnp.float32)
     if isinstance(sparsity, schedules.Polynomial):
         # Made up for, if nothing was scored yet when it was due.
         due |= (after >= sparsity.end) & (state.sparsity < asked)
@@ -86,6 +90,8 @@ def on_schedule(
         churn=churn,
         alive=alive,
     )
+    if unknown:
+        asked = _dropped_fraction(masks, state.config.axis_name)
     reached = jnp.where(changes & valid, asked, state.sparsity)
     return state._replace(
         masks=masks, thresholds=thresholds, sparsity=reached, events=events
@@ -183,9 +189,16 @@ def _masks_from(
             alive.append(grouping.group_any(old, block))
     thresholds = state.thresholds
     if ranked:
-        n_drop, common = config.allocation.n_drop(
-            target, groups, worth, alive, thresholds
-        )
+        if target.at_zero:
+            if starts is None:
+                starts = counting.segment_starts(groups, state.step >> 31)
+            n_drop, common = _allocation.drop_at_zero(
+                config.allocation, groups, worth, alive, starts
+            )
+        else:
+            n_drop, common = config.allocation.n_drop(
+                target, groups, worth, alive, thresholds
+            )
         tops, thresholds = selection.keep_masks(
             worth,
             groups,
@@ -240,6 +253,15 @@ def check_emptying(allocation: Any) -> None:
             f"`sparsity`=1 would empty every tensor. If you mean it, say so with "
             f"`allocation={name}(min_keep=0)`; else give a fraction below 1."
         )
+
+
+def _dropped_fraction(masks: Any, axis_name: tuple[str, ...]) -> jax.Array:
+    dropped = total = jnp.float32(0)
+    for mask in jax.tree.leaves(masks):
+        axes = counting.split_axes(mask, axis_name)
+        counts = counting.sum_over(jnp.stack(counting.tally((mask, ~mask))), axes)
+        dropped, total = dropped + counts[1], total + counts[0] + counts[1]
+    return dropped / jnp.maximum(total, 1)
 
 
 def _churn(old: Any, new: Any, axis_name: tuple[str, ...]) -> jax.Array:

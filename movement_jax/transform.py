@@ -60,7 +60,8 @@ def movement_pruning(
       sparsity: fraction of the prunable weights to drop, in [0, 1]: None to only
         track (prune with :func:`movement_jax.prune`), a number, a schedule such as
         :func:`movement_jax.cubic`, or any optax schedule (wrapped in
-        :class:`movement_jax.Stepwise` to change masks every few steps only).
+        :class:`movement_jax.Stepwise` to change masks every few steps only). None
+        too for :class:`movement_jax.SoftMovement`, which decides by itself.
       criterion: what a weight is worth.
       allocation: how the target is spread over tensors.
       structure: what is kept or dropped together: single weights,
@@ -112,7 +113,7 @@ def movement_pruning(
       Sanh, Wolf, Rush, *Movement Pruning: Adaptive Sparsity by Fine-Tuning*, 2020,
       `arXiv:2005.07683 <https://arxiv.org/abs/2005.07683>`_
     """
-    _check_arguments(sparsity, criterion, allocation, inner)
+    _check_arguments(sparsity, criterion, allocation, inner, regrow)
     if axis_name and structure != Unstructured():
         raise ValueError(
             "A `structure` groups weights of whole tensors, which `axis_name` splits. "
@@ -264,7 +265,7 @@ def _all_finite(tree: Any, axis_name: tuple[str, ...]) -> jax.Array:
 
 
 def _check_arguments(
-    sparsity: Any, criterion: Any, allocation: Any, inner: Any
+    sparsity: Any, criterion: Any, allocation: Any, inner: Any, regrow: bool
 ) -> None:
     if _is_array(sparsity) and not isinstance(sparsity, jax.core.Tracer):
         sparsity = np.asarray(sparsity).item()
@@ -297,6 +298,18 @@ def _check_arguments(
             "`movement_pruning(..., inner=optax.adamw(3e-4))`."
         )
     name = type(criterion).__name__
+    if hasattr(criterion, "target") and sparsity is not None:
+        raise ValueError(
+            f"`{name}` decides by itself how much is dropped, and when: leave out "
+            f"`sparsity`, got {sparsity!r}, and give it to the criterion, as in "
+            f"`movement_pruning(criterion={name}(target_sparsity=...), ...)`."
+        )
+    if hasattr(criterion, "target") and not regrow:
+        raise ValueError(
+            f"`{name}` lets weights cross its threshold both ways: call "
+            f"`movement_pruning(criterion={name}(...), inner=optax.adamw(...), "
+            "regrow=True)`."
+        )
     needs_gradients = getattr(criterion, "needs_gradients", False)
     if inner is None and needs_gradients:
         raise ValueError(

@@ -63,6 +63,7 @@ CRITERIA = {
     "Dormancy": mj.Dormancy(),
     "Sensitivity": mj.Sensitivity(),
     "Fisher": mj.Fisher(),
+    "SoftMovement": mj.SoftMovement(target_sparsity=SCHEDULE),
     "a user's own": Lowest(),
 }
 # One form will do.
@@ -75,11 +76,20 @@ def bare(criterion, form, sparsity=SCHEDULE, optimizer=None):
     """The transformation, and how it is joined with an optimizer."""
     return functools.partial(
         mj.movement_pruning,
-        sparsity,
+        None if decides(criterion) else sparsity,
         criterion,
         regrow=form == "inner, regrow",
         inner=None if form == "chain" else optimizer or optax.adam(1e-2),
     )
+
+
+def decides(criterion):
+    """Whether it takes the place of a schedule, which needs `regrow`."""
+    return hasattr(criterion, "target")
+
+
+def forms_of(criterion):
+    return FORMS[-1:] if decides(criterion) else FORMS[criterion.needs_gradients :]
 
 
 def joined(criterion, form, optimizer=None):
@@ -94,9 +104,8 @@ def _partition(criterion, form):
 
 def _inject(criterion, form):
     inject = optax.inject_hyperparams(mj.movement_pruning)
-    tx = inject(
-        **bare(criterion, form).keywords, sparsity=SPARSITY, criterion=criterion
-    )
+    own = bare(criterion, form, SPARSITY)
+    tx = inject(**own.keywords, sparsity=own.args[0], criterion=criterion)
     return optax.chain(optax.adam(1e-2), tx) if form == "chain" else tx
 
 
@@ -122,7 +131,7 @@ WRAPPERS = {
 def _rows():
     """Every criterion in every form; then every wrapper around one of each kind."""
     for name, criterion in CRITERIA.items():
-        forms = FORMS[criterion.needs_gradients :]
+        forms = forms_of(criterion)
         for form in forms[-1:] if name in VARIANTS else forms:
             yield name, form, "plain"
     for wrapper in WRAPPERS:
@@ -140,7 +149,7 @@ def _matrix():
     for name, criterion in CRITERIA.items():
         if name in VARIANTS:
             continue
-        for form in FORMS[criterion.needs_gradients :]:
+        for form in forms_of(criterion):
             for wrapper in ("plain", *WRAPPERS):
                 yield name, form, wrapper
 
@@ -207,8 +216,13 @@ def run(name, form, wrapper):
 @each
 def test_the_state_is_found_and_reaches_the_sparsity(name, form, wrapper):
     _, opt_state = run(name, form, wrapper)[0][-1]
-    mask = mj.find_state(opt_state).masks["dense"]["kernel"]
-    assert np.sum(~np.asarray(mask)) == round(SPARSITY * mask.size)
+    masks = jax.tree.leaves(mj.find_state(opt_state).masks)
+    dropped = [int(np.sum(~np.asarray(mask))) for mask in masks]
+    each_of_them = [round(SPARSITY * mask.size) for mask in masks]
+    if decides(CRITERIA[name]):  # by one threshold for all
+        assert sum(dropped) == sum(each_of_them)
+    else:
+        assert dropped == each_of_them
 
 
 @each
