@@ -245,6 +245,19 @@ def _check_reach(own: NM, level: Any, where: str) -> None:
         )
 
 
+def check_decider(config: PruningConfig) -> None:
+    """Refuses N:M patterns for a criterion that decides how much is dropped."""
+    rules = config.structure
+    used = [own for _, own in rules] if isinstance(rules, tuple) else [rules]
+    decides = hasattr(config.criterion, "target")
+    if decides and any(isinstance(own, NM) for own in used):
+        raise ValueError(
+            f"`{type(config.criterion).__name__}` drops what lies below its threshold, "
+            f"where `NM` patterns count in every window: got structure={rules}. Use "
+            "`Block` or `Axis`, or a criterion that takes a `sparsity`."
+        )
+
+
 def check_emptying(allocation: Any) -> None:
     """Refuses sparsity 1 unless it was asked for twice."""
     if getattr(allocation, "min_keep", 0):

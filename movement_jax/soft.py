@@ -1,6 +1,7 @@
 """Soft movement pruning: a threshold on learned scores, and a penalty on keeping."""
 
 import dataclasses
+import functools
 import math
 from typing import Any, ClassVar, NamedTuple
 
@@ -235,7 +236,10 @@ class SoftMovement:
             most=jnp.asarray(sizes, jnp.int32),
             hint=jnp.int32(counting.key_of(self._level)),
         )
-        quantile = counting.to_float(key)
+        # Any key between two scores counts as many: take the score below it.
+        at_most = counting.to_float(key)
+        highest = [jnp.max(jnp.where(v <= at_most, v, -jnp.inf)) for _, v in named]
+        quantile = functools.reduce(jnp.maximum, highest)
         gap = quantile - self._level
         slope = jnp.maximum(_slope(quantile), jnp.finfo(jnp.float32).tiny)
         penalty = jnp.clip(gap / slope, -_STEEPEST, _STEEPEST)

@@ -139,6 +139,7 @@ def movement_pruning(
         axis_name=(axis_name,) if isinstance(axis_name, str) else axis_name or (),
         structure=_structure.checked(structure),
     )
+    masking.check_decider(config)
     highest = _highest(sparsity)
     masking.check_reach(config, None, highest)
     wrapped = optax.with_extra_args_support(inner or optax.identity())
