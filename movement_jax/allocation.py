@@ -85,7 +85,7 @@ class Uniform:
         """Rounds ``sparsity * size`` in every segment."""
         del scores, kept, hint
         sizes = counting.sizes(tensors)
-        return jnp.minimum(drop_count(target, sizes), _most(sizes, self)), None
+        return jnp.minimum(drop_count(target, sizes), most_dropped(sizes, self)), None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Global:
     ) -> tuple[jax.Array, jax.Array]:
         """Counts what lies below the threshold that all segments share."""
         sizes, each = counting.sizes(tensors), _weights_each(tensors)
-        most, weights = _most(sizes, self), int((sizes * each).sum())
+        most, weights = most_dropped(sizes, self), int((sizes * each).sum())
         if (sizes * each).max() > counting.MAX_COUNT:
             raise ValueError(
                 f"`Global()` with groups of different sizes counts at most "
@@ -220,7 +220,7 @@ class ErdosRenyi:
         density = jnp.where(jnp.isinf(scale), 1, density)
         wanted = jnp.round(density * sizes.astype(np.float32)).astype(jnp.int32)
 
-        least = sizes - _most(sizes, self)
+        least = sizes - most_dropped(sizes, self)
         wanted = jnp.clip(wanted, least, sizes)
         each = each.astype(np.int32)
         wanted = _pour(n_keep - (wanted * each).sum(), wanted, sizes, each)
@@ -305,7 +305,7 @@ class PerPath:
                 level = Target(final * progress, final, progress)
             counts.append(drop_count(level, counting.sizes([tensor])))
         sizes = counting.sizes(tensors)
-        return jnp.minimum(jnp.concatenate(counts), _most(sizes, self)), None
+        return jnp.minimum(jnp.concatenate(counts), most_dropped(sizes, self)), None
 
     def final(self, name: str, sparsity: Any) -> Any:
         """What the rule for a path ends at; without one, the overall sparsity."""
@@ -427,33 +427,6 @@ def _check_countable(tensors: Sequence[Tensor]) -> None:
             )
 
 
-def drop_at_zero(
-    allocation: Allocation,
-    tensors: Sequence[Tensor],
-    scores: Sequence[jax.Array],
-    kept: Sequence[jax.Array] | None,
-    starts: Sequence[jax.Array],
-) -> tuple[jax.Array, jax.Array]:
-    """How many scores of every segment lie at or below zero.
-
-    Of an allocation only ``min_keep`` holds then.
-
-    Args:
-      allocation: bounds how many that may be.
-      tensors: what is to be pruned.
-      scores: one array per tensor.
-      kept: masks so far, or None.
-      starts: from :func:`movement_jax.counting.segment_starts`.
-
-    Returns:
-      As :meth:`Allocation.n_drop`.
-    """
-    sizes, zero = counting.sizes(tensors), jnp.int32(0)
-    ranked = counting.Ranked(scores, kept, tensors, starts)
-    below = counting.count(ranked, jnp.broadcast_to(zero, (1, len(sizes))))[0]
-    return jnp.minimum(below, _most(sizes, allocation)), zero
-
-
 def window_drop(
     allocation: Allocation, target: Target, name: str, window: int
 ) -> jax.Array:
@@ -497,7 +470,8 @@ def _pour(amount: jax.Array, level: jax.Array, limit: Any, each: Any) -> jax.Arr
     return level + jnp.clip((amount - before) // each, 0, room).astype(level.dtype)
 
 
-def _most(sizes: np.ndarray, allocation: Any) -> np.ndarray:
+def most_dropped(sizes: np.ndarray, allocation: Any) -> np.ndarray:
+    """The most that ``min_keep`` lets go of every segment. Like ``sizes``, int32."""
     least: int | float = getattr(allocation, "min_keep", 0)
     floor = np.ceil(sizes * least) if isinstance(least, float) else least
     return np.maximum(sizes - floor, 0).astype(np.int32)

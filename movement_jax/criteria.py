@@ -33,7 +33,8 @@ class Criterion(Protocol):
 
     One that decides by itself how much is dropped, and when, has two methods more:
     ``target(state)``, a :class:`movement_jax.schedules.Target`, and ``due(step)``,
-    whether masks change. It takes the place of a schedule, and needs ``regrow=True``.
+    whether masks change. It takes the place of a schedule, and needs
+    ``regrow=True`` and single weights.
     """
 
     def init(self, params: Any) -> Any:
@@ -185,14 +186,18 @@ class Movement:
         ``optax.adam(learning_rate)``, as the paper's authors run it.
         ``optax.sgd(1.0)`` gives the plain sum that the paper writes.
       learning_rate: of the default Adam; a number or a schedule. Default 1e-2.
+      from_magnitude: scores start at this times :math:`|W| / \mathrm{mean}|W|` of the
+        tensor. Default 0, as in the paper, where they are tied until the first
+        gradient; with 1 training starts from the ranking by magnitude.
 
     Raises:
-      ValueError: if both are given, or the learning rate is not positive.
+      ValueError: if both an optimizer and a learning rate are given, or a number is
+        out of range.
 
     Examples:
       >>> import optax, movement_jax as mj
       >>> mj.Movement()
-      Movement(optimizer=None, learning_rate=0.01)
+      Movement(optimizer=None, learning_rate=0.01, from_magnitude=0.0)
       >>> tx = mj.movement_pruning(
       ...     mj.cubic(0.9, begin=100, end=900), mj.Movement(),
       ...     inner=optax.adamw(3e-5), regrow=True)
@@ -204,15 +209,18 @@ class Movement:
 
     optimizer: optax.GradientTransformation | None = None
     learning_rate: optax.ScalarOrSchedule | None = None
+    from_magnitude: float = 0.0
     needs_gradients: ClassVar[bool] = True
     accumulates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         resolve_optimizer(self)
+        arguments.make_plain(self, "from_magnitude")
+        arguments.check_not_negative("from_magnitude", self.from_magnitude)
 
     def init(self, params: Any) -> MovementScores:
-        """Zero scores and the state of their optimizer."""
-        values = zeros(params)
+        """Scores to begin with, and the state of their optimizer."""
+        values = scaled_magnitude(params, self.from_magnitude)
         return MovementScores(values, optimizer_of(self).init(values))
 
     def update(
@@ -384,6 +392,17 @@ def _noise_like(key: jax.Array, weight: jax.Array) -> jax.Array:
         key, weight.shape, jnp.float32, out_sharding=sharding if explicit else None
     )
     return jnp.where(True, drawn, f32(weight))
+
+
+def scaled_magnitude(params: Any, scale: float, base: float = 0.0) -> Any:
+    """``base + scale * |W| / mean|W|`` of every tensor, float32."""
+
+    def start(weight: jax.Array) -> jax.Array:
+        size = jnp.abs(f32(weight))
+        mean = jnp.maximum(jnp.mean(size), jnp.finfo(jnp.float32).tiny)
+        return base + scale * size / mean
+
+    return jax.tree.map(start, params)
 
 
 def f32(x: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import optax
 from jax import lax
 
 from movement_jax import allocation as _allocation
-from movement_jax import counting, grouping, position, schedules, selection
+from movement_jax import counting, grouping, position, schedules, selection, threshold
 from movement_jax import structure as _structure
 from movement_jax.counting import Tensor
 from movement_jax.criteria import Magnitude
@@ -192,7 +192,7 @@ def _masks_from(
         if target.at_zero:
             if starts is None:
                 starts = counting.segment_starts(groups, state.step >> 31)
-            n_drop, common = _allocation.drop_at_zero(
+            n_drop, common = threshold.drop_at_zero(
                 config.allocation, groups, worth, alive, starts
             )
         else:
@@ -246,15 +246,13 @@ def _check_reach(own: NM, level: Any, where: str) -> None:
 
 
 def check_decider(config: PruningConfig) -> None:
-    """Refuses N:M patterns for a criterion that decides how much is dropped."""
-    rules = config.structure
-    used = [own for _, own in rules] if isinstance(rules, tuple) else [rules]
-    decides = hasattr(config.criterion, "target")
-    if decides and any(isinstance(own, NM) for own in used):
+    """Refuses a structure for a criterion that decides how much is dropped."""
+    if hasattr(config.criterion, "target") and config.structure != Unstructured():
         raise ValueError(
-            f"`{type(config.criterion).__name__}` drops what lies below its threshold, "
-            f"where `NM` patterns count in every window: got structure={rules}. Use "
-            "`Block` or `Axis`, or a criterion that takes a `sparsity`."
+            f"`{type(config.criterion).__name__}` finds the threshold for single "
+            f"weights, where groups would drop another share: got "
+            f"structure={config.structure}. Leave it out, or use `Movement()`, which "
+            "takes a `sparsity`."
         )
 
 

@@ -13,7 +13,12 @@ import optax
 from movement_jax import allocation as _allocation
 from movement_jax import arguments, counting, schedules, selection, wide
 from movement_jax import tree as _tree
-from movement_jax.criteria import f32, optimizer_of, resolve_optimizer, saliency
+from movement_jax.criteria import (
+    optimizer_of,
+    resolve_optimizer,
+    saliency,
+    scaled_magnitude,
+)
 from movement_jax.schedules import Polynomial
 
 _NO_THRESHOLD = 1e-30  # stands for 0, whose logit is infinite; no score comes near
@@ -142,15 +147,8 @@ class SoftMovement:
     def init(self, params: Any) -> SoftScores:
         """Scores from the magnitudes, and the state of their optimizer."""
         assert self.from_magnitude is not None
-        scale = self.from_magnitude
         base = self._level if self.penalty is None else 0.0
-
-        def start(weight: jax.Array) -> jax.Array:
-            size = jnp.abs(f32(weight))
-            mean = jnp.maximum(jnp.mean(size), jnp.finfo(jnp.float32).tiny)
-            return base + scale * size / mean
-
-        values = jax.tree.map(start, params)
+        values = scaled_magnitude(params, self.from_magnitude, base)
         return SoftScores(
             values,
             optimizer_of(self).init(values),

@@ -103,7 +103,8 @@ class MovementState(NamedTuple):
       masks: True where a weight is kept. Like params, bool.
       thresholds: where each ranking found its threshold, for the next one to start
         from; keys of :mod:`movement_jax.counting`. Shape ``(rankings,)``, int32.
-      sparsity: fraction asked for at the last mask change. Shape ``()``, float32.
+      sparsity: fraction asked for at the last mask change; where none is, because
+        what lies below a threshold goes, the fraction that went. Shape ``()``, float32.
       events: what happened along the way.
       tracked: extra measurements.
       config: what the transformation was made with; no arrays.

@@ -92,6 +92,15 @@ def test_the_score_rises_when_a_weight_moves_away_from_zero():
     np.testing.assert_array_equal(state.masks["kernel"], [[True, True], [False, False]])
 
 
+def test_scores_may_start_from_the_ranking_by_magnitude():
+    tx = mj.movement_pruning(
+        0.5, mj.Movement(from_magnitude=2.0), inner=optax.sgd(0.5), regrow=True
+    )
+    state = tx.init(PARAMS)
+    for got, w in zip(kernels(state.scores.values), kernels(PARAMS)):
+        np.testing.assert_allclose(got, 2 * np.abs(w) / np.abs(w).mean(), rtol=1e-6)
+
+
 def test_the_running_average_equals_numpy_after_200_steps():
     tx = optax.chain(optax.adamw(1e-2, weight_decay=0.1), mj.movement_pruning())
     history = train(tx, 200)
@@ -200,6 +209,7 @@ def test_a_strict_quantile_keeps_one_weight_too_few_where_we_do_not():
         (lambda: mj.Taylor(momentum=1), ValueError, "`momentum` must be in"),
         (lambda: mj.Random(seed=0.5), TypeError, r"got 0.5. For example `Random\(0\)`"),
         (lambda: mj.Movement(1e-2), TypeError, r"`Movement\(learning_rate=1e-2\)`"),
+        (lambda: mj.Movement(from_magnitude=-1), ValueError, "at least 0, got -1"),
         (lambda: mj.Movement(learning_rate=0), ValueError, "positive, got 0"),
         (lambda: mj.Movement(learning_rate="1"), TypeError, "a number, got '1'"),
         (

@@ -342,10 +342,10 @@ def test_half_precision_weights_have_float32_scores(dtype):
                 criterion=mj.SoftMovement(0.5),
                 inner=optax.sgd(1),
                 regrow=True,
-                structure=mj.NM(2, 4),
+                structure={"first": mj.Block((2, 2))},
             ),
             ValueError,
-            r"`SoftMovement` .*`NM` patterns",
+            r"single weights.*got structure=.*use `Movement\(\)`",
         ),
     ],
 )
