@@ -14,6 +14,12 @@ from movement_jax.criteria import (
     Random,
     Taylor,
 )
+from movement_jax.dynamics import (
+    Dormancy,
+    MagnitudeMoments,
+    PeakMagnitude,
+    UpperConfidence,
+)
 from movement_jax.findings import Finding, Health, TensorHealth
 from movement_jax.fingerprint import assert_same_everywhere, fingerprint
 from movement_jax.health import health
@@ -29,6 +35,8 @@ from movement_jax.report import Summary, TensorSummary, summary
 from movement_jax.rounding import RoundedScores
 from movement_jax.schedules import Polynomial, Stepwise, cubic, linear, one_shot
 from movement_jax.selection import keep_top
+from movement_jax.sensitivity import Fisher, Sensitivity, SensitivityMoments
+from movement_jax.soft import SoftMovement, SoftScores
 from movement_jax.state import Events, MovementState, PruningConfig, Tracked, find_state
 from movement_jax.structure import NM, Axis, Block, Unstructured
 from movement_jax.transform import movement_pruning
@@ -43,22 +51,30 @@ __all__ = [
     "CheckpointError",
     "Criterion",
     "Disputed",
+    "Dormancy",
     "EmaMagnitude",
     "ErdosRenyi",
     "Events",
     "Finding",
+    "Fisher",
     "Global",
     "Health",
     "Magnitude",
+    "MagnitudeMoments",
     "Movement",
     "MovementScores",
     "MovementState",
     "NM",
+    "PeakMagnitude",
     "PerPath",
     "Polynomial",
     "PruningConfig",
     "Random",
     "RoundedScores",
+    "Sensitivity",
+    "SensitivityMoments",
+    "SoftMovement",
+    "SoftScores",
     "Stepwise",
     "Summary",
     "Taylor",
@@ -69,6 +85,7 @@ __all__ = [
     "Tracked",
     "Uniform",
     "Unstructured",
+    "UpperConfidence",
     "agreement",
     "apply_masks",
     "assert_same_everywhere",

@@ -23,7 +23,6 @@ from movement_jax.report import (
     new_table,
     open_state,
     rendered,
-    scores_of,
     whole,
 )
 from movement_jax.state import MovementState, Tracked
@@ -241,7 +240,7 @@ def compare(state: Any, other: Any, sparsity: float | None, caller: str) -> Comp
         name_b, masks_b = "masks", _given_masks(found, other, caller)
         if sparsity is None:
             sparsity = _dropped_by(masks_b, opened.tensors)
-    scores = scores_of(found, weights)
+    scores = _state.scores_of(found, weights)
     masks = [masks_at(found, scores, sparsity), masks_b]
     a, b, leaves = (jax.tree.leaves(tree) for tree in (*masks, scores))
     return Comparison(opened, name_a, name_b, sparsity, a, b, leaves)
@@ -305,7 +304,7 @@ def _rank_other(opened: Opened, other: Any, caller: str) -> tuple[str, Any] | No
             f"{different[:5] or 'it lacks some'} differ from those of `state`."
         )
     check_scored(theirs, caller)
-    scores = jax.tree.leaves(scores_of(theirs, weights))
+    scores = jax.tree.leaves(_state.scores_of(theirs, weights))
     structure = jax.tree.structure(opened.found.masks)
     name = f"{type(theirs.config.criterion).__name__} of the other state"
     return name, structure.unflatten(scores)

@@ -85,7 +85,7 @@ class Uniform:
         """Rounds ``sparsity * size`` in every segment."""
         del scores, kept, hint
         sizes = counting.sizes(tensors)
-        return jnp.minimum(drop_count(target, sizes), _most(sizes, self)), None
+        return jnp.minimum(drop_count(target, sizes), most_dropped(sizes, self)), None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Global:
     ) -> tuple[jax.Array, jax.Array]:
         """Counts what lies below the threshold that all segments share."""
         sizes, each = counting.sizes(tensors), _weights_each(tensors)
-        most, weights = _most(sizes, self), int((sizes * each).sum())
+        most, weights = most_dropped(sizes, self), int((sizes * each).sum())
         if (sizes * each).max() > counting.MAX_COUNT:
             raise ValueError(
                 f"`Global()` with groups of different sizes counts at most "
@@ -220,7 +220,7 @@ class ErdosRenyi:
         density = jnp.where(jnp.isinf(scale), 1, density)
         wanted = jnp.round(density * sizes.astype(np.float32)).astype(jnp.int32)
 
-        least = sizes - _most(sizes, self)
+        least = sizes - most_dropped(sizes, self)
         wanted = jnp.clip(wanted, least, sizes)
         each = each.astype(np.int32)
         wanted = _pour(n_keep - (wanted * each).sum(), wanted, sizes, each)
@@ -305,7 +305,7 @@ class PerPath:
                 level = Target(final * progress, final, progress)
             counts.append(drop_count(level, counting.sizes([tensor])))
         sizes = counting.sizes(tensors)
-        return jnp.minimum(jnp.concatenate(counts), _most(sizes, self)), None
+        return jnp.minimum(jnp.concatenate(counts), most_dropped(sizes, self)), None
 
     def final(self, name: str, sparsity: Any) -> Any:
         """What the rule for a path ends at; without one, the overall sparsity."""
@@ -327,7 +327,7 @@ class PerPath:
 
 def drop_total(target: Target, size: int) -> Wide:
     """:func:`drop_count` of one static size below 2**47."""
-    sparsity, final, progress = target
+    sparsity, final, progress = target.sparsity, target.final, target.progress
     if isinstance(sparsity, int | float):
         return wide.from_int(round(sparsity * size))
     count = _traced_total(sparsity, size)
@@ -350,7 +350,7 @@ def drop_count(target: Target, sizes: np.ndarray) -> jax.Array:
     Returns:
       Counts, shape ``(n,)``, int32.
     """
-    sparsity, final, progress = target
+    sparsity, final, progress = target.sparsity, target.final, target.progress
     if isinstance(sparsity, int | float):
         return jnp.asarray([round(sparsity * int(n)) for n in sizes], jnp.int32)
     count = _traced_drop_count(sparsity, sizes)
@@ -470,8 +470,9 @@ def _pour(amount: jax.Array, level: jax.Array, limit: Any, each: Any) -> jax.Arr
     return level + jnp.clip((amount - before) // each, 0, room).astype(level.dtype)
 
 
-def _most(sizes: np.ndarray, allocation: Any) -> np.ndarray:
-    least: int | float = allocation.min_keep
+def most_dropped(sizes: np.ndarray, allocation: Any) -> np.ndarray:
+    """The most that ``min_keep`` lets go of every segment. Like ``sizes``, int32."""
+    least: int | float = getattr(allocation, "min_keep", 0)
     floor = np.ceil(sizes * least) if isinstance(least, float) else least
     return np.maximum(sizes - floor, 0).astype(np.int32)
 

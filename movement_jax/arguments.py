@@ -34,6 +34,44 @@ def decay_of(half_life: float) -> float:
     return float(0.5 ** (1 / half_life))
 
 
+def resolve_decay(instance: Any, default: float) -> None:
+    """Sets ``decay`` of a frozen dataclass that takes it or ``half_life``.
+
+    Raises:
+      ValueError: if both are given and differ, or something is out of range.
+    """
+    make_plain(instance, "decay", "half_life")
+    decay, half_life = instance.decay, instance.half_life
+    if decay is not None and half_life is not None:
+        if decay != decay_of(half_life):
+            raise ValueError(
+                f"`{type(instance).__name__}` takes `decay` or `half_life`, not both: "
+                f"got decay={decay}, half_life={half_life}."
+            )
+        return
+    if half_life is not None:
+        decay = decay_of(half_life)
+    decay = default if decay is None else decay
+    check_fraction("decay", decay)
+    object.__setattr__(instance, "decay", float(decay))
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Refuses what is no finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"`{name}` must be a number, got {value!r}.")
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"`{name}` must be positive, got {value}.")
+
+
+def check_not_negative(name: str, value: Any) -> None:
+    """Refuses what is no finite number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"`{name}` must be a number, got {value!r}.")
+    if not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"`{name}` must be at least 0, got {value}.")
+
+
 def check_every(name: str, value: Any) -> None:
     """Refuses what is no number of steps."""
     if isinstance(value, bool) or not isinstance(value, int):

@@ -250,6 +250,13 @@ def _masks(
     ]
 
 
+def key_of(value: float) -> int:
+    """The key of a float32 that is finite."""
+    bits = int(np.abs(np.float32(value)).view(np.int32))
+    key = max(bits - _LARGEST_SUBNORMAL, 0)
+    return -key if value < 0 else key
+
+
 def sum_over(values: Any, axes: tuple[str, ...]) -> Any:
     """Sum over manual mesh axes, if there are any."""
     return lax.psum(values, axes) if axes else values
@@ -272,7 +279,7 @@ def distance(low: jax.Array, high: jax.Array) -> jax.Array:
 
 def _table(keys: Sequence[jax.Array], *cuts: jax.Array) -> jax.Array:
     """Thresholds and cuts in one array: what XLA for CPU computes for all tensors."""
-    thresholds = [lax.bitcast_convert_type(_to_float(x), jnp.int32) for x in keys]
+    thresholds = [lax.bitcast_convert_type(to_float(x), jnp.int32) for x in keys]
     return jnp.concatenate([*thresholds, *cuts])
 
 
@@ -425,7 +432,7 @@ def _index(x: jax.Array, tensor: Tensor, one: jax.Array) -> jax.Array:
     return index
 
 
-def _to_float(key: jax.Array) -> jax.Array:
+def to_float(key: jax.Array) -> jax.Array:
     """The largest float32 with the given key; NaN, above nothing, for the lowest."""
     bits = jnp.abs(jnp.minimum(key, TOP_KEY - 1)) + _LARGEST_SUBNORMAL
     sign = jnp.where(key < 0, jnp.int32(-(2**31)), jnp.int32(0))

@@ -4,7 +4,6 @@ A criterion is any hashable object with the three methods of :class:`Criterion`.
 """
 
 import dataclasses
-import math
 import zlib
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -27,7 +26,15 @@ class Criterion(Protocol):
     ``accumulates = False`` (default True) if its scores mean something before the
     first update, and ``score_every = k`` (default 1) to be updated at the first and
     every ``k``-th step only, at no cost between, without gradients, with the weights
-    as they enter the step.
+    as they enter the step. With ``reads_optimizer = True`` (default False)
+    its ``scores`` are given ``optimizer_state=``, that of the wrapped optimizer; with
+    ``whole_tensors = True`` (default False) it must not see parts of tensors, and
+    ``axis_name=`` is refused.
+
+    One that decides by itself how much is dropped, and when, has two methods more:
+    ``target(state)``, a :class:`movement_jax.schedules.Target`, and ``due(step)``,
+    whether masks change. It takes the place of a schedule, and needs
+    ``regrow=True`` and single weights.
     """
 
     def init(self, params: Any) -> Any:
@@ -91,23 +98,12 @@ class EmaMagnitude:
     accumulates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        arguments.make_plain(self, "decay", "half_life", "score_every")
+        arguments.make_plain(self, "score_every")
         object.__setattr__(
             self, "scores_dtype", rounding.check_dtype(self.scores_dtype)
         )
         arguments.check_every("score_every", self.score_every)
-        if self.decay is not None and self.half_life is not None:
-            if self.decay != arguments.decay_of(self.half_life):
-                raise ValueError(
-                    "`EmaMagnitude` takes `decay` or `half_life`, not both: got "
-                    f"decay={self.decay}, half_life={self.half_life}."
-                )
-            return
-        decay = 0.9 if self.decay is None else self.decay
-        if self.half_life is not None:
-            decay = arguments.decay_of(self.half_life)
-        arguments.check_fraction("decay", decay)
-        object.__setattr__(self, "decay", float(decay))
+        arguments.resolve_decay(self, default=0.9)
 
     def init(self, params: Any) -> Any:
         """Zeros like ``params`` in ``scores_dtype``."""
@@ -120,7 +116,7 @@ class EmaMagnitude:
         decay = self.decay**self.score_every
 
         def average(score: jax.Array, weight: jax.Array) -> jax.Array:
-            return decay * score + (1 - decay) * jnp.abs(_f32(weight))
+            return decay * score + (1 - decay) * jnp.abs(f32(weight))
 
         return rounding.update(average, state, new_params)
 
@@ -160,7 +156,7 @@ class Magnitude:
     def scores(self, state: Any, params: Any) -> Any:
         """``|W|`` in float32."""
         del state
-        return jax.tree.map(lambda weight: jnp.abs(_f32(weight)), params)
+        return jax.tree.map(lambda weight: jnp.abs(f32(weight)), params)
 
 
 class MovementScores(NamedTuple):
@@ -190,14 +186,18 @@ class Movement:
         ``optax.adam(learning_rate)``, as the paper's authors run it.
         ``optax.sgd(1.0)`` gives the plain sum that the paper writes.
       learning_rate: of the default Adam; a number or a schedule. Default 1e-2.
+      from_magnitude: scores start at this times :math:`|W| / \mathrm{mean}|W|` of the
+        tensor. Default 0, as in the paper, where they are tied until the first
+        gradient; with 1 training starts from the ranking by magnitude.
 
     Raises:
-      ValueError: if both are given, or the learning rate is not positive.
+      ValueError: if both an optimizer and a learning rate are given, or a number is
+        out of range.
 
     Examples:
       >>> import optax, movement_jax as mj
       >>> mj.Movement()
-      Movement(optimizer=None, learning_rate=0.01)
+      Movement(optimizer=None, learning_rate=0.01, from_magnitude=0.0)
       >>> tx = mj.movement_pruning(
       ...     mj.cubic(0.9, begin=100, end=900), mj.Movement(),
       ...     inner=optax.adamw(3e-5), regrow=True)
@@ -209,44 +209,27 @@ class Movement:
 
     optimizer: optax.GradientTransformation | None = None
     learning_rate: optax.ScalarOrSchedule | None = None
+    from_magnitude: float = 0.0
     needs_gradients: ClassVar[bool] = True
     accumulates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.optimizer is not None:
-            if self.learning_rate is not None:
-                raise ValueError(
-                    "`Movement` takes `optimizer` or `learning_rate`, not both: give "
-                    "the learning rate to the optimizer, as in "
-                    "`Movement(optax.sgd(0.1))`."
-                )
-            if not hasattr(self.optimizer, "update"):
-                raise TypeError(
-                    "`optimizer` must be an optax transformation, got "
-                    f"{self.optimizer!r}. For a learning rate write "
-                    "`Movement(learning_rate=1e-2)`."
-                )
-            return
-        given = arguments.plain(self.learning_rate)
-        rate = 1e-2 if given is None else given
-        if isinstance(rate, bool | str):
-            raise TypeError(f"`learning_rate` must be a number, got {rate!r}.")
-        if isinstance(rate, int | float) and not (rate > 0 and math.isfinite(rate)):
-            raise ValueError(f"`learning_rate` must be positive, got {rate}.")
-        object.__setattr__(self, "learning_rate", rate)
+        resolve_optimizer(self)
+        arguments.make_plain(self, "from_magnitude")
+        arguments.check_not_negative("from_magnitude", self.from_magnitude)
 
     def init(self, params: Any) -> MovementScores:
-        """Zero scores and the state of their optimizer."""
-        values = _zeros(params)
-        return MovementScores(values, self._optimizer().init(values))
+        """Scores to begin with, and the state of their optimizer."""
+        values = scaled_magnitude(params, self.from_magnitude)
+        return MovementScores(values, optimizer_of(self).init(values))
 
     def update(
         self, state: MovementScores, *, params: Any, grads: Any, new_params: Any
     ) -> MovementScores:
         """One optimizer step on the scores, with gradient ``W * G``."""
         del new_params
-        gradient = jax.tree.map(_saliency, params, grads)
-        updates, optimizer_state = self._optimizer().update(
+        gradient = jax.tree.map(saliency, params, grads)
+        updates, optimizer_state = optimizer_of(self).update(
             gradient, state.optimizer_state, state.values
         )
         values = optax.apply_updates(state.values, updates)
@@ -256,12 +239,6 @@ class Movement:
         """The trained scores."""
         del params
         return state.values
-
-    def _optimizer(self) -> optax.GradientTransformation:
-        if self.optimizer is not None:
-            return self.optimizer
-        assert self.learning_rate is not None
-        return optax.adam(self.learning_rate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,7 +283,7 @@ class Taylor:
         del new_params
 
         def add(score: jax.Array, weight: jax.Array, grad: jax.Array) -> jax.Array:
-            return self.momentum * score + jnp.abs(_saliency(weight, grad))
+            return self.momentum * score + jnp.abs(saliency(weight, grad))
 
         return rounding.update(add, state, params, grads)
 
@@ -366,7 +343,43 @@ class Random:
         return jax.tree_util.tree_map_with_path(noise, params)
 
 
-def _zeros(params: Any) -> Any:
+def resolve_optimizer(criterion: Any) -> None:
+    """Sets the learning rate of a frozen dataclass that takes it or ``optimizer``.
+
+    Raises:
+      ValueError: if both are given, or the learning rate is not positive.
+    """
+    name = type(criterion).__name__
+    if criterion.optimizer is not None:
+        if criterion.learning_rate is not None:
+            raise ValueError(
+                f"`{name}` takes `optimizer` or `learning_rate`, not both: give the "
+                f"learning rate to the optimizer, as in "
+                f"`{name}(optimizer=optax.sgd(0.1))`."
+            )
+        if not hasattr(criterion.optimizer, "update"):
+            raise TypeError(
+                "`optimizer` must be an optax transformation, got "
+                f"{criterion.optimizer!r}. For a learning rate write "
+                f"`{name}(learning_rate=1e-2)`."
+            )
+        return
+    given = arguments.plain(criterion.learning_rate)
+    rate = 1e-2 if given is None else given
+    if not callable(rate):
+        arguments.check_positive("learning_rate", rate)
+    object.__setattr__(criterion, "learning_rate", rate)
+
+
+def optimizer_of(criterion: Any) -> optax.GradientTransformation:
+    """The optimizer that trains a criterion's scores."""
+    if criterion.optimizer is not None:
+        return criterion.optimizer
+    return optax.adam(criterion.learning_rate)
+
+
+def zeros(params: Any) -> Any:
+    """Zeros like ``params``, float32."""
     return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), params)
 
 
@@ -378,12 +391,25 @@ def _noise_like(key: jax.Array, weight: jax.Array) -> jax.Array:
     drawn = jax.random.uniform(
         key, weight.shape, jnp.float32, out_sharding=sharding if explicit else None
     )
-    return jnp.where(True, drawn, _f32(weight))
+    return jnp.where(True, drawn, f32(weight))
 
 
-def _f32(x: jax.Array) -> jax.Array:
+def scaled_magnitude(params: Any, scale: float, base: float = 0.0) -> Any:
+    """``base + scale * |W| / mean|W|`` of every tensor, float32."""
+
+    def start(weight: jax.Array) -> jax.Array:
+        size = jnp.abs(f32(weight))
+        mean = jnp.maximum(jnp.mean(size), jnp.finfo(jnp.float32).tiny)
+        return base + scale * size / mean
+
+    return jax.tree.map(start, params)
+
+
+def f32(x: jax.Array) -> jax.Array:
+    """What scores are computed from and kept in."""
     return x.astype(jnp.float32)
 
 
-def _saliency(weight: jax.Array, grad: jax.Array) -> jax.Array:
-    return _f32(weight) * _f32(grad)
+def saliency(weight: jax.Array, grad: jax.Array) -> jax.Array:
+    """``W * G`` in float32."""
+    return f32(weight) * f32(grad)

@@ -22,11 +22,10 @@ from movement_jax.report import (
     count,
     open_state,
     scalar,
-    scores_of,
     whole,
 )
 from movement_jax.scoring import noise_decay
-from movement_jax.state import TURNED, MovementState
+from movement_jax.state import TURNED, MovementState, scores_of
 
 LEAST_MOVEMENT = 0.02
 MOST_NOISE = 0.05

@@ -10,11 +10,11 @@ import optax
 from jax import lax
 
 from movement_jax import allocation as _allocation
-from movement_jax import counting, grouping, position, schedules, selection
+from movement_jax import counting, grouping, position, schedules, selection, threshold
 from movement_jax import structure as _structure
 from movement_jax.counting import Tensor
 from movement_jax.criteria import Magnitude
-from movement_jax.state import MovementState, PruningConfig, tensors_of
+from movement_jax.state import MovementState, PruningConfig, scores_of, tensors_of
 from movement_jax.structure import NM, Unstructured
 
 _ROUNDING = 1e-6  # of a third, written down
@@ -36,20 +36,24 @@ def on_schedule(
       finite: whether this is a good step. Shape ``()``, bool.
       seen_alive: what :func:`movement_jax.position.look` saw; None with ``regrow``.
     """
-    if sparsity is None:
-        return state
     regrow, criterion = state.config.regrow, state.config.criterion
+    if sparsity is None and not hasattr(criterion, "target"):
+        return state
     # At this point of the update the step counter still tells the steps before it,
     # except with regrow, where the step has been counted.
     after = state.step if regrow else state.step + 1
-    if isinstance(sparsity, schedules.Polynomial):
+    if sparsity is None:
+        own: Any = criterion
+        target, sparsity = own.target(state.scores), own
+    elif isinstance(sparsity, schedules.Polynomial):
         target = sparsity.target(after)
     else:
         target = schedules.Target(sparsity(after) if callable(sparsity) else sparsity)
     if isinstance(target.sparsity, int | float):
         schedules.check_sparsity("sparsity", target.sparsity)
+    unknown = target.sparsity is None  # how much goes, before it is gone
     due = sparsity.due(after) if hasattr(sparsity, "due") else jnp.bool_(True)
-    asked = jnp.asarray(target.sparsity, jnp.float32)
+    asked = jnp.asarray(0 if unknown else target.sparsity, jnp.float32)
     if isinstance(sparsity, schedules.Polynomial):
         # Made up for, if nothing was scored yet when it was due.
         due |= (after >= sparsity.end) & (state.sparsity < asked)
@@ -86,6 +90,8 @@ def on_schedule(
         churn=churn,
         alive=alive,
     )
+    if unknown:
+        asked = _dropped_fraction(masks, state.config.axis_name)
     reached = jnp.where(changes & valid, asked, state.sparsity)
     return state._replace(
         masks=masks, thresholds=thresholds, sparsity=reached, events=events
@@ -112,7 +118,7 @@ def change_masks(
     kept = None if state.config.regrow else state.masks
     if type(state.config.criterion) is Magnitude:
         return masks_from(weights, state, target, kept, starts, absolute=True)
-    scores = state.config.criterion.scores(state.scores, weights)
+    scores = scores_of(state, weights)
     return masks_from(scores, state, target, kept, starts)
 
 
@@ -183,9 +189,16 @@ def _masks_from(
             alive.append(grouping.group_any(old, block))
     thresholds = state.thresholds
     if ranked:
-        n_drop, common = config.allocation.n_drop(
-            target, groups, worth, alive, thresholds
-        )
+        if target.at_zero:
+            if starts is None:
+                starts = counting.segment_starts(groups, state.step >> 31)
+            n_drop, common = threshold.drop_at_zero(
+                config.allocation, groups, worth, alive, starts
+            )
+        else:
+            n_drop, common = config.allocation.n_drop(
+                target, groups, worth, alive, thresholds
+            )
         tops, thresholds = selection.keep_masks(
             worth,
             groups,
@@ -232,6 +245,17 @@ def _check_reach(own: NM, level: Any, where: str) -> None:
         )
 
 
+def check_decider(config: PruningConfig) -> None:
+    """Refuses a structure for a criterion that decides how much is dropped."""
+    if hasattr(config.criterion, "target") and config.structure != Unstructured():
+        raise ValueError(
+            f"`{type(config.criterion).__name__}` finds the threshold for single "
+            f"weights, where groups would drop another share: got "
+            f"structure={config.structure}. Leave it out, or use `Movement()`, which "
+            "takes a `sparsity`."
+        )
+
+
 def check_emptying(allocation: Any) -> None:
     """Refuses sparsity 1 unless it was asked for twice."""
     if getattr(allocation, "min_keep", 0):
@@ -240,6 +264,15 @@ def check_emptying(allocation: Any) -> None:
             f"`sparsity`=1 would empty every tensor. If you mean it, say so with "
             f"`allocation={name}(min_keep=0)`; else give a fraction below 1."
         )
+
+
+def _dropped_fraction(masks: Any, axis_name: tuple[str, ...]) -> jax.Array:
+    dropped = total = jnp.float32(0)
+    for mask in jax.tree.leaves(masks):
+        axes = counting.split_axes(mask, axis_name)
+        counts = counting.sum_over(jnp.stack(counting.tally((mask, ~mask))), axes)
+        dropped, total = dropped + counts[1], total + counts[0] + counts[1]
+    return dropped / jnp.maximum(total, 1)
 
 
 def _churn(old: Any, new: Any, axis_name: tuple[str, ...]) -> jax.Array:

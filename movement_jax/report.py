@@ -152,7 +152,7 @@ def summary(state: Any) -> Summary:
     found, tensors = opened.found, opened.tensors
     scores: list[Any] = [None] * len(tensors)
     if not found.config.finalized:
-        scores = jax.tree.leaves(scores_of(found, opened.weights))
+        scores = jax.tree.leaves(_state.scores_of(found, opened.weights))
     rows = tuple(
         _summarize(*each)
         for each in zip(
@@ -201,11 +201,6 @@ def open_state(state: Any, caller: str) -> Opened:
         )
     weights = _tree.punch(found.masks, params, "params")
     return Opened(params, weights, found, _state.tensors_of(found))
-
-
-def scores_of(found: MovementState, weights: Any) -> Any:
-    """The scores that a state ranks its weights by."""
-    return found.config.criterion.scores(found.scores, weights)
 
 
 def asked_of(found: MovementState, tensors: list[Tensor]) -> list[float | None]:

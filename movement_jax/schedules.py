@@ -21,11 +21,13 @@ class Target(NamedTuple):
       final: the Python number that ``sparsity`` is at the end of a schedule. Its counts
         are exact where those of a float32 are not; None if there is no end.
       progress: how far the schedule has come towards ``final``, in [0, 1].
+      at_zero: drop what scores at or below zero instead, however much that is.
     """
 
     sparsity: Any
     final: float | None = None
     progress: Any = 1.0
+    at_zero: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

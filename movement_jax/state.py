@@ -103,7 +103,8 @@ class MovementState(NamedTuple):
       masks: True where a weight is kept. Like params, bool.
       thresholds: where each ranking found its threshold, for the next one to start
         from; keys of :mod:`movement_jax.counting`. Shape ``(rankings,)``, int32.
-      sparsity: fraction asked for at the last mask change. Shape ``()``, float32.
+      sparsity: fraction asked for at the last mask change; where none is, because
+        what lies below a threshold goes, the fraction that went. Shape ``()``, float32.
       events: what happened along the way.
       tracked: extra measurements.
       config: what the transformation was made with; no arrays.
@@ -178,6 +179,21 @@ def check_trained_params(opt_state: Any) -> None:
         return False
 
     jax.tree.leaves(opt_state, is_leaf=visit)
+
+
+def scores_of(state: MovementState, weights: Any) -> Any:
+    """The scores that a state ranks its weights by.
+
+    Args:
+      state: as carried by the optimizer.
+      weights: params with holes like ``state.masks``.
+    """
+    criterion: Any = state.config.criterion
+    if getattr(criterion, "reads_optimizer", False):
+        return criterion.scores(
+            state.scores, weights, optimizer_state=state.inner_state
+        )
+    return criterion.scores(state.scores, weights)
 
 
 def tensors_of(state: MovementState) -> list[counting.Tensor]:

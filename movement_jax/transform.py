@@ -18,6 +18,7 @@ from movement_jax.state import (
     Events,
     MovementState,
     PruningConfig,
+    scores_of,
     tensors_in,
 )
 from movement_jax.structure import Structure, Unstructured
@@ -59,7 +60,8 @@ def movement_pruning(
       sparsity: fraction of the prunable weights to drop, in [0, 1]: None to only
         track (prune with :func:`movement_jax.prune`), a number, a schedule such as
         :func:`movement_jax.cubic`, or any optax schedule (wrapped in
-        :class:`movement_jax.Stepwise` to change masks every few steps only).
+        :class:`movement_jax.Stepwise` to change masks every few steps only). None
+        too for :class:`movement_jax.SoftMovement`, which decides by itself.
       criterion: what a weight is worth.
       allocation: how the target is spread over tensors.
       structure: what is kept or dropped together: single weights,
@@ -111,7 +113,7 @@ def movement_pruning(
       Sanh, Wolf, Rush, *Movement Pruning: Adaptive Sparsity by Fine-Tuning*, 2020,
       `arXiv:2005.07683 <https://arxiv.org/abs/2005.07683>`_
     """
-    _check_arguments(sparsity, criterion, allocation, inner)
+    _check_arguments(sparsity, criterion, allocation, inner, regrow)
     if axis_name and structure != Unstructured():
         raise ValueError(
             "A `structure` groups weights of whole tensors, which `axis_name` splits. "
@@ -122,6 +124,12 @@ def movement_pruning(
             "`track_noise` averages over whole tensors, which `axis_name` splits. Use "
             "one of them, or `jit` with sharded params, which needs no `axis_name`."
         )
+    if axis_name and getattr(criterion, "whole_tensors", False):
+        raise ValueError(
+            f"`{type(criterion).__name__}` looks at whole tensors, which `axis_name` "
+            "splits. Use another criterion, or `jit` with sharded params, which needs "
+            "no `axis_name`."
+        )
     config = PruningConfig(
         criterion=criterion,
         allocation=allocation,
@@ -131,6 +139,7 @@ def movement_pruning(
         axis_name=(axis_name,) if isinstance(axis_name, str) else axis_name or (),
         structure=_structure.checked(structure),
     )
+    masking.check_decider(config)
     highest = _highest(sparsity)
     masking.check_reach(config, None, highest)
     wrapped = optax.with_extra_args_support(inner or optax.identity())
@@ -145,7 +154,7 @@ def movement_pruning(
             _structure.check(config.structure, tensors)
             masking.check_reach(config, tensors, highest)
             groups = _structure.ranked_groups(config.structure, tensors)
-        return MovementState(
+        state = MovementState(
             step=jnp.zeros([], jnp.int32),
             scores=criterion.init(weights),
             masks=jax.tree.map(lambda w: jnp.ones_like(w, dtype=bool), weights),
@@ -166,6 +175,9 @@ def movement_pruning(
             config=config,
             inner_state=wrapped.init(params),
         )
+        if getattr(criterion, "reads_optimizer", False):
+            jax.eval_shape(scores_of, state, weights)  # says now what it misses
+        return state
 
     def update_fn(
         updates: optax.Updates,
@@ -254,7 +266,7 @@ def _all_finite(tree: Any, axis_name: tuple[str, ...]) -> jax.Array:
 
 
 def _check_arguments(
-    sparsity: Any, criterion: Any, allocation: Any, inner: Any
+    sparsity: Any, criterion: Any, allocation: Any, inner: Any, regrow: bool
 ) -> None:
     if _is_array(sparsity) and not isinstance(sparsity, jax.core.Tracer):
         sparsity = np.asarray(sparsity).item()
@@ -287,6 +299,18 @@ def _check_arguments(
             "`movement_pruning(..., inner=optax.adamw(3e-4))`."
         )
     name = type(criterion).__name__
+    if hasattr(criterion, "target") and sparsity is not None:
+        raise ValueError(
+            f"`{name}` decides by itself how much is dropped, and when: leave out "
+            f"`sparsity`, got {sparsity!r}, and give it to the criterion, as in "
+            f"`movement_pruning(criterion={name}(target_sparsity=...), ...)`."
+        )
+    if hasattr(criterion, "target") and not regrow:
+        raise ValueError(
+            f"`{name}` lets weights cross its threshold both ways: call "
+            f"`movement_pruning(criterion={name}(...), inner=optax.adamw(...), "
+            "regrow=True)`."
+        )
     needs_gradients = getattr(criterion, "needs_gradients", False)
     if inner is None and needs_gradients:
         raise ValueError(

@@ -30,6 +30,12 @@ CRITERIA = {
     "movement": mj.Movement(),
     "taylor": mj.Taylor(),
     "random": mj.Random(3),
+    "peak": mj.PeakMagnitude(half_life=3),
+    "confidence": mj.UpperConfidence(half_life=3),
+    "dormancy": mj.Dormancy(0.5, half_life=3),
+    "sensitivity": mj.Sensitivity(),
+    "fisher": mj.Fisher(),
+    "soft": mj.SoftMovement(target_sparsity=mj.cubic(0.8, begin=1, end=3)),
 }
 SIZES = [16 * 32, *8 * [4 * 24]]  # of what is ranked: the kernel, then each layer
 SMALL = 4096  # bytes; counts are smaller, tensors larger
@@ -161,12 +167,13 @@ def test_every_allocation_gives_the_masks_of_one_device(allocation):
 
 def train(params, criterion):
     """Three steps of a rising schedule; the state before and after."""
+    adaptive = criterion == "fisher"
     tx = mj.movement_pruning(
-        mj.cubic(0.8, begin=1, end=3),
+        None if criterion == "soft" else mj.cubic(0.8, begin=1, end=3),
         CRITERIA[criterion],
-        inner=optax.sgd(0.1, momentum=0.9),
+        inner=optax.rmsprop(1e-3) if adaptive else optax.sgd(0.1, momentum=0.9),
         stacked="blocks",
-        regrow=criterion == "movement",
+        regrow=criterion in ("movement", "soft"),
     )
 
     @jax.jit
