@@ -66,8 +66,9 @@ CRITERIA = {
     "SoftMovement": mj.SoftMovement(target_sparsity=SCHEDULE),
     "a user's own": Lowest(),
 }
-# One form will do.
+# Of another criterion, or of its kind of state: one form will do.
 VARIANTS = [name for name in CRITERIA if name.endswith(")")]
+VARIANTS += ["PeakMagnitude", "UpperConfidence", "Dormancy"]
 FORMS = ["chain", "inner", "inner, regrow"]
 PRUNED_PART = {"dense": True, "head": False}
 
@@ -151,7 +152,10 @@ def _matrix():
             continue
         for form in forms_of(criterion):
             for wrapper in ("plain", *WRAPPERS):
-                yield name, form, wrapper
+                # Of these optimizers neither has what is to be read.
+                reads = getattr(criterion, "reads_optimizer", False)
+                if not (reads and wrapper in ("muon", "lbfgs")):
+                    yield name, form, wrapper
 
 
 TRANSFORMS = [
