@@ -347,6 +347,8 @@ def find_groups(
         for axis, layout in enumerate(axes):
             factors[name, axis] = list(dims.leaves(layout))
             for leaf, index in dims.units(layout):
+                if not leaf.size:
+                    continue
                 member = Member(name, axis, _told(layout, leaf), index)
                 members.setdefault(leaf, []).append(member)
                 each = int(np.prod(shape)) // leaf.size

@@ -4,12 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from budget import SCALE
 from jax import lax
 
 from movement_jax import shrink
 
 BATCH, LENGTH = 2, 4
-QUICK, MORE = 150, 2000
+# Where many more examples are asked for than in a usual run.
+QUICK, MORE = 150, 2000 if SCALE >= 100 else 300
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +59,7 @@ class Drawn:
         self.count += 1
         if name not in self.shapes:
             self.shapes[name] = shape
-            scale = 1 / np.sqrt(shape[0])
+            scale = 1 / np.sqrt(max(shape[0], 1))
             values = np.random.default_rng(self.count + 99 * self.seed)
             self.params[name] = values.normal(size=shape) * scale
         return jnp.asarray(self.params[name])
@@ -318,6 +320,18 @@ def test_what_is_prunable_is_cut_exactly(start):
 def test_what_is_prunable_is_cut_exactly_in_more_programs(start):
     for seed in range(start, start + 50):
         check(seed)
+
+
+def test_an_axis_without_elements_is_no_group():
+    def model(params, x):
+        return jax.nn.relu(x @ params["up"]) @ params["down"] + x[:, :0] @ params["no"]
+
+    shapes = {"up": (3, 4), "down": (4, 2), "no": (0, 2)}
+    params = {name: jnp.ones(shape) for name, shape in shapes.items()}
+    groups = shrink.find_groups(model, params, jnp.ones((1, 3)))
+    assert [(g.name, g.size) for g in groups.prunable] == [("up:1", 4)]
+    plan = groups.plan({"up:1": np.array([True, False, True, False])})
+    shrink.verify(model, params, plan, jnp.ones((1, 3)))
 
 
 def test_dead_units_change_nothing():
