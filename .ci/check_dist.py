@@ -13,10 +13,12 @@ shipped = zipfile.ZipFile(wheel)
 names = shipped.namelist()
 info = next(n.split("/")[0] for n in names if ".dist-info/" in n)
 metadata = shipped.read(f"{info}/METADATA").decode()
-modules = {p.name for p in pathlib.Path("movement_jax").iterdir() if p.is_file()}
-assert {n for n in names if not n.startswith(f"{info}/")} == {
-    f"movement_jax/{name}" for name in modules
-}, names
+package = {
+    p.as_posix()
+    for p in pathlib.Path("movement_jax").rglob("*")
+    if p.is_file() and p.suffix != ".pyc"
+}
+assert {n for n in names if not n.startswith(f"{info}/")} == package, names
 assert "movement_jax/py.typed" in names
 assert f"{info}/licenses/LICENSE" in names
 assert "License-Expression: Apache-2.0" in metadata
