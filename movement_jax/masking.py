@@ -16,6 +16,7 @@ from movement_jax.counting import Tensor
 from movement_jax.criteria import Magnitude
 from movement_jax.state import MovementState, PruningConfig, scores_of, tensors_of
 from movement_jax.structure import NM, Unstructured
+from movement_jax.units import Units
 
 _ROUNDING = 1e-6  # of a third, written down
 
@@ -164,11 +165,13 @@ def _masks_from(
     absolute: bool,
 ) -> tuple[list[jax.Array], jax.Array]:
     """Windows by themselves; all else as groups, ranked by the allocation's counts."""
-    config, masks = state.config, {}
+    config, structure, masks = state.config, state.config.structure, {}
+    if isinstance(structure, Units):
+        return _masks_of_units(scores, state, target, kept, starts, absolute)
     ranked, groups, worth = [], [], []
     alive: list[jax.Array] | None = None if kept is None else []
     for i, (x, tensor) in enumerate(zip(scores, tensors_of(state))):
-        own, old = _structure.structure_of(config.structure, tensor.name), None
+        own, old = _structure.structure_of(structure, tensor.name), None
         if kept is not None:
             old = kept[i]
         if isinstance(own, Unstructured):
@@ -189,27 +192,59 @@ def _masks_from(
             alive.append(grouping.group_any(old, block))
     thresholds = state.thresholds
     if ranked:
-        if target.at_zero:
-            if starts is None:
-                starts = counting.segment_starts(groups, state.step >> 31)
-            n_drop, common = threshold.drop_at_zero(
-                config.allocation, groups, worth, alive, starts
-            )
-        else:
-            n_drop, common = config.allocation.n_drop(
-                target, groups, worth, alive, thresholds
-            )
-        tops, thresholds = selection.keep_masks(
-            worth,
-            groups,
-            n_drop,
-            kept=alive,
-            hint=thresholds if common is None else common,
-            starts=starts,
-        )
+        tops, thresholds = _tops(worth, groups, state, target, alive, starts)
         for (i, block), top in zip(ranked, tops):
             masks[i] = grouping.spread(top, block, scores[i])
     return [masks[i] for i in range(len(scores))], thresholds
+
+
+def _masks_of_units(
+    scores: list[jax.Array],
+    state: MovementState,
+    target: schedules.Target,
+    kept: list[jax.Array] | None,
+    starts: Sequence[jax.Array] | None,
+    absolute: bool,
+) -> tuple[list[jax.Array], jax.Array]:
+    """Units of several tensors, ranked like the entries of one tensor per group."""
+    units: Any = state.config.structure
+    names = [tensor.name for tensor in tensors_of(state)]
+    if absolute:
+        scores = [jnp.abs(x) for x in scores]
+    alive = None if kept is None else units.alive(dict(zip(names, kept)))
+    leaves = dict(zip(names, scores))
+    worth = units.scores(leaves)
+    tops, thresholds = _tops(worth, units.tensors, state, target, alive, starts)
+    masks = units.masks(tops, leaves)
+    return [masks[name] for name in names], thresholds
+
+
+def _tops(
+    worth: list[jax.Array],
+    groups: list[Tensor],
+    state: MovementState,
+    target: schedules.Target,
+    alive: list[jax.Array] | None,
+    starts: Sequence[jax.Array] | None,
+) -> tuple[list[jax.Array], jax.Array]:
+    """Which groups of each tensor stay, and the new thresholds."""
+    allocation, thresholds = state.config.allocation, state.thresholds
+    if target.at_zero:
+        if starts is None:
+            starts = counting.segment_starts(groups, state.step >> 31)
+        n_drop, common = threshold.drop_at_zero(
+            allocation, groups, worth, alive, starts
+        )
+    else:
+        n_drop, common = allocation.n_drop(target, groups, worth, alive, thresholds)
+    return selection.keep_masks(
+        worth,
+        groups,
+        n_drop,
+        kept=alive,
+        hint=thresholds if common is None else common,
+        starts=starts,
+    )
 
 
 def check_reach(
@@ -227,6 +262,8 @@ def check_reach(
             config.allocation, _allocation.PerPath
         ):
             _check_reach(config.structure, sparsity, "every tensor")
+        return
+    if isinstance(config.structure, Units):
         return
     for tensor in tensors:
         own = _structure.structure_of(config.structure, tensor.name)

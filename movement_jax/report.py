@@ -24,6 +24,7 @@ from movement_jax.counting import Tensor
 from movement_jax.prune import unpack
 from movement_jax.state import MovementState
 from movement_jax.structure import NM, Unstructured
+from movement_jax.units import Units
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -68,6 +69,23 @@ class TensorSummary:
 
 
 @dataclasses.dataclass(frozen=True)
+class UnitSummary:
+    """What pruning did to a group of units that span several tensors.
+
+    Attributes:
+      name: of the group.
+      size: number of units.
+      kept: number of units of which any weight is left.
+      weights: of one unit.
+    """
+
+    name: str
+    size: int
+    kept: int
+    weights: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Summary:
     """Sizes and sparsities; made by :func:`summary`, prints as a table.
 
@@ -76,12 +94,14 @@ class Summary:
       total: over all prunable tensors.
       dense_size: number of weights in the other leaves, which stay dense.
       dense_bytes: their bytes.
+      units: one entry per group, with the groups of a model as ``structure``.
     """
 
     tensors: tuple[TensorSummary, ...]
     total: TensorSummary
     dense_size: int
     dense_bytes: int
+    units: tuple[UnitSummary, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain Python values, ready for JSON."""
@@ -90,7 +110,18 @@ class Summary:
     def __str__(self) -> str:
         return rendered(self)
 
-    def __rich__(self) -> "Table":
+    def __rich__(self) -> "RenderableType":
+        from rich.console import Group
+
+        if not self.units:
+            return self._tensor_table()
+        table = new_table("Group", "Units", "Kept", "Weights each", title="Units")
+        for row in self.units:
+            cells = (f"{row.size:,}", f"{row.kept:,}", f"{row.weights:,}")
+            add_row(table, row.name, *cells)
+        return Group(table, "", self._tensor_table())
+
+    def _tensor_table(self) -> "Table":
         table = new_table(
             "Tensor",
             *("Weights", "Asked", "Reached", "Dead rows", "Dead columns"),
@@ -130,6 +161,9 @@ def summary(state: Any) -> Summary:
     With ``PerPath``, what is asked of a tensor is what its rule asks in the end,
     also while a schedule rises; with ``Global`` it is asked of the total alone. With a
     structure, what is asked is rounded to whole groups, and to what N:M patterns reach.
+    With the groups of a model as structure it is asked of their units, listed apart: a
+    tensor whose rows and columns both lose half is to keep a quarter. With ``Global``
+    as well, the total is asked of units.
 
     Args:
       state: a train state or a pair, as for :func:`movement_jax.prune`.
@@ -170,6 +204,7 @@ def summary(state: Any) -> Summary:
         total=total,
         dense_size=sum(map(jnp.size, everything)) - total.size,
         dense_bytes=sum(map(_nbytes, everything)) - total.dense_bytes,
+        units=_units(found, tensors),
     )
 
 
@@ -208,6 +243,9 @@ def asked_of(found: MovementState, tensors: list[Tensor]) -> list[float | None]:
     level, allocation = scalar(found.sparsity), found.config.allocation
     target = schedules.Target(level)
     asked: list[float | None] = [None] * len(tensors)
+    if isinstance(found.config.structure, Units):
+        left = _densities(found, found.config.structure)
+        return [None if left is None else 1 - left.get(t.name, 1.0) for t in tensors]
     groups = {}
     for i, tensor in enumerate(tensors):
         own = _structure.structure_of(found.config.structure, tensor.name)
@@ -227,6 +265,19 @@ def asked_of(found: MovementState, tensors: list[Tensor]) -> list[float | None]:
         for (i, group), drops in zip(groups.items(), counts):
             asked[i] = float(drops.sum()) / math.prod(group.shape)
     return asked
+
+
+def _densities(found: MovementState, units: Units) -> dict[str, float] | None:
+    """What is left of every tensor with as many units of each group as asked for."""
+    allocation, target = (
+        found.config.allocation,
+        schedules.Target(scalar(found.sparsity)),
+    )
+    if not isinstance(allocation, Uniform | PerPath):
+        return None
+    n_drop, _ = allocation.n_drop(target, units.tensors, [], None)
+    drops = np.asarray(n_drop, float)
+    return units.densities([1 - n / g.size for n, g in zip(drops, units.groups)])
 
 
 @functools.partial(jax.jit, static_argnames="lead")
@@ -295,6 +346,18 @@ def _summarize(
         dense_bytes=size * itemsize,
         packed_bytes=kept * itemsize + math.ceil(size / 8),
         nonfinite=None if score is None else whole(count(~jnp.isfinite(score), lead)),
+    )
+
+
+def _units(found: MovementState, tensors: list[Tensor]) -> tuple[UnitSummary, ...]:
+    units = found.config.structure
+    if not isinstance(units, Units):
+        return ()
+    names = [tensor.name for tensor in tensors]
+    alive = units.alive(dict(zip(names, jax.tree.leaves(found.masks))))
+    return tuple(
+        UnitSummary(group.name, group.size, int(np.asarray(own).sum()), group.weights)
+        for group, own in zip(units.groups, alive)
     )
 
 

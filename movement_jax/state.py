@@ -11,6 +11,7 @@ from movement_jax import tree as _tree
 from movement_jax.allocation import Allocation
 from movement_jax.criteria import Criterion
 from movement_jax.structure import Rules, Structure, Unstructured
+from movement_jax.units import Units
 
 # These optimizers evaluate the model at other weights than those they step from.
 _OTHER_PARAMS = {"ScheduleFreeState": "schedule_free", "MechanicState": "mechanize"}
@@ -43,7 +44,7 @@ class PruningConfig:
     prunable: str | None = None
     finalized: bool = False
     axis_name: tuple[str, ...] = ()
-    structure: Structure | Rules = Unstructured()
+    structure: Structure | Rules | Units = Unstructured()
 
 
 TURNED = 1  # of Events.turned: an optimizer follows
@@ -162,7 +163,7 @@ def find_state(opt_state: Any) -> MovementState:
 def replace_state(opt_state: Any, new: MovementState) -> Any:
     """Returns ``opt_state`` with its :class:`MovementState` replaced by ``new``."""
     return jax.tree.map(
-        lambda x: new if _is_state(x) else x, opt_state, is_leaf=_is_state
+        lambda x: new if is_state(x) else x, opt_state, is_leaf=is_state
     )
 
 
@@ -216,10 +217,11 @@ def tensors_in(
     ]
 
 
-def _is_state(node: Any) -> bool:
+def is_state(node: Any) -> bool:
+    """True for the state of ``movement_pruning``."""
     return isinstance(node, MovementState)
 
 
 def _states_in(tree: Any) -> list[MovementState]:
-    leaves = jax.tree.leaves(tree, is_leaf=_is_state)
+    leaves = jax.tree.leaves(tree, is_leaf=is_state)
     return [x for x in leaves if isinstance(x, MovementState)]

@@ -12,6 +12,7 @@ from movement_jax import grouping
 from movement_jax.arguments import make_plain, plain
 from movement_jax.counting import Tensor
 from movement_jax.grouping import Reduce
+from movement_jax.units import Units
 
 _MOST_MEMBERS = 2**30
 # Flax's attention projects from all of the first axis to (heads, head_dim).
@@ -237,10 +238,12 @@ Structure = Unstructured | Block | Axis | NM
 Rules = tuple[tuple[str, Structure], ...]
 
 
-def checked(structure: Any) -> Structure | Rules:
+def checked(structure: Any) -> Structure | Rules | Units:
     """A structure as given by the user, or the rules of a mapping, ready to hash."""
-    if isinstance(structure, Structure):
+    if isinstance(structure, Structure | Units):
         return structure
+    if hasattr(structure, "units"):  # the groups of a model
+        return structure.units()
     if isinstance(structure, Mapping):
         for pattern, value in structure.items():
             if not isinstance(value, Structure):
@@ -255,8 +258,11 @@ def checked(structure: Any) -> Structure | Rules:
     raise _no_structure("`structure`", structure)
 
 
-def check(structure: Structure | Rules, tensors: list[Tensor]) -> None:
+def check(structure: Structure | Rules | Units, tensors: list[Tensor]) -> None:
     """Refuses rules that decide nothing, and structures that do not fit a tensor."""
+    if isinstance(structure, Units):
+        structure.check(tensors)
+        return
     if isinstance(structure, tuple):
         used = {_rule(structure, tensor.name) for tensor in tensors}
         unused = [p for i, (p, _) in enumerate(structure) if i not in used]
@@ -295,8 +301,12 @@ def groups_of(own: Unstructured | Block | Axis, tensor: Tensor) -> Tensor:
     return dataclasses.replace(tensor, shape=shape, block=block)
 
 
-def ranked_groups(structure: Structure | Rules, tensors: list[Tensor]) -> list[Tensor]:
+def ranked_groups(
+    structure: Structure | Rules | Units, tensors: list[Tensor]
+) -> list[Tensor]:
     """The groups of all tensors whose groups are ranked: not of those in windows."""
+    if isinstance(structure, Units):
+        return structure.tensors
     owns = [(structure_of(structure, tensor.name), tensor) for tensor in tensors]
     return [groups_of(own, tensor) for own, tensor in owns if not isinstance(own, NM)]
 
@@ -343,6 +353,7 @@ def _check_reduce(reduce: Any, right: str) -> None:
 
 def _no_structure(name: str, value: Any) -> TypeError:
     return TypeError(
-        f"{name} must be `Unstructured()`, `Block((4, 16))`, `Axis(-1)`, `NM(2, 4)` or "
-        f"a mapping of patterns to them, got {value!r}."
+        f"{name} must be `Unstructured()`, `Block((4, 16))`, `Axis(-1)`, `NM(2, 4)`, "
+        "a mapping of patterns to them, or the groups of `shrink.find_groups` by "
+        f"themselves, got {value!r}."
     )

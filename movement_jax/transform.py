@@ -12,7 +12,7 @@ import optax
 from movement_jax import counting, masking, position, schedules, scoring
 from movement_jax import structure as _structure
 from movement_jax import tree as _tree
-from movement_jax.allocation import Allocation, Uniform
+from movement_jax.allocation import Allocation, ErdosRenyi, Uniform
 from movement_jax.criteria import Criterion, EmaMagnitude
 from movement_jax.state import (
     Events,
@@ -22,6 +22,7 @@ from movement_jax.state import (
     tensors_in,
 )
 from movement_jax.structure import Structure, Unstructured
+from movement_jax.units import HasUnits, Units
 
 
 def movement_pruning(
@@ -29,7 +30,7 @@ def movement_pruning(
     criterion: Criterion = EmaMagnitude(),
     *,
     allocation: Allocation = Uniform(),
-    structure: Structure | Mapping[str, Structure] = Unstructured(),
+    structure: Structure | Mapping[str, Structure] | Units | HasUnits = Unstructured(),
     prunable: Any = None,
     stacked: str | None = None,
     regrow: bool = False,
@@ -68,8 +69,11 @@ def movement_pruning(
         :class:`movement_jax.Block`, :class:`movement_jax.Axis` or
         :class:`movement_jax.NM`, or a mapping of regular expressions to these. The
         first that is found in the ``/``-joined path wins; where none is, weights are
-        single. Sparsity then counts the groups of each tensor.
-      prunable: which leaves: None for kernels and weight matrices, a regular
+        single. Sparsity then counts the groups of each tensor. Or whole heads, neurons
+        and channels: the groups of :func:`movement_jax.shrink.find_groups`, of which
+        sparsity counts the units, in all tensors that they span.
+      prunable: which leaves: None for kernels and weight matrices (with groups as
+        ``structure``: for the leaves that these span, biases too), a regular
         expression searched for in the ``/``-joined path, or a tree of bools like
         params or a prefix of it.
       stacked: regular expression for the paths of scan-stacked kernels
@@ -140,17 +144,23 @@ def movement_pruning(
         structure=_structure.checked(structure),
     )
     masking.check_decider(config)
+    _check_units(config)
     highest = _highest(sparsity)
     masking.check_reach(config, None, highest)
     wrapped = optax.with_extra_args_support(inner or optax.identity())
 
     # optax's own type of a state has no place for the static `config`: hence Any.
     def init_fn(params: optax.Params) -> Any:
-        weights, groups = _tree.select(params, prunable), []
+        chosen = prunable
+        if prunable is None and isinstance(config.structure, Units):
+            chosen = config.structure.pattern
+        weights, groups = _tree.select(params, chosen), []
         if jax.tree.leaves(weights):
             _check_stacked(stacked, weights)
             tensors = tensors_in(weights, stacked, config.axis_name)
-            allocation.check(tensors)
+            units = config.structure
+            ranked = units.tensors if isinstance(units, Units) else tensors
+            allocation.check(ranked)
             _structure.check(config.structure, tensors)
             masking.check_reach(config, tensors, highest)
             groups = _structure.ranked_groups(config.structure, tensors)
@@ -323,6 +333,22 @@ def _check_arguments(
         raise ValueError(
             f"`{name}` needs the gradient of every step, each of which tells another "
             "thing, and takes no `score_every`. `EmaMagnitude(score_every=10)` does."
+        )
+
+
+def _check_units(config: PruningConfig) -> None:
+    if not isinstance(config.structure, Units):
+        return
+    if isinstance(config.allocation, ErdosRenyi):
+        raise ValueError(
+            "`ErdosRenyi()` reads the shapes of tensors, which the units of a model "
+            "span: use `Uniform()`, `Global()` or `PerPath({'name of a group': 0.5})`."
+        )
+    if config.stacked is not None:
+        raise ValueError(
+            "`stacked` ranks the layers of a tensor one by one, but the units of "
+            "`structure` are the same in all layers of a scan: leave it out, got "
+            f"stacked={config.stacked!r}."
         )
 
 

@@ -1,8 +1,8 @@
-"""The groups of parameter slices that must go together, and what their units are."""
+"""Groups of parameter slices that must go together, and what their units are worth."""
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -11,11 +11,12 @@ import numpy as np
 
 from movement_jax import report
 from movement_jax import tree as _tree
-from movement_jax.shrink import analysis, dims
+from movement_jax.grouping import Reduce
+from movement_jax.shrink import dims
 from movement_jax.shrink.analysis import Analysis
-from movement_jax.shrink.dims import Atom, Layout
-from movement_jax.shrink.flows import Exactness
+from movement_jax.shrink.dims import Atom
 from movement_jax.shrink.plan import Plan
+from movement_jax.units import Slices, UnitGroup, Units
 
 Status = Literal["prunable", "inexact", "pinned"]
 Reduction = Literal["sum", "mean", "l2", "max"]
@@ -118,6 +119,104 @@ class Groups:
                 "\n".join(lines),
             )
         return table
+
+    def only(self, pattern: str) -> "Groups":
+        """The groups in whose names a regular expression is found.
+
+        Raises:
+          ValueError: if it is found in none.
+
+        Examples:
+          >>> import jax.numpy as jnp
+          >>> from movement_jax import shrink
+          >>> def model(params, x):
+          ...     return (x @ params["up"]) @ params["down"]
+          >>> params = {"up": jnp.ones((3, 8)), "down": jnp.ones((8, 2))}
+          >>> groups = shrink.find_groups(model, params, jnp.ones((1, 3)))
+          >>> [group.name for group in groups.only("up:1").groups]
+          ['up:1']
+        """
+        found = tuple(g for g in self.groups if re.search(pattern, g.name))
+        if not found:
+            raise ValueError(
+                f"`pattern` is found in no name of a group: {pattern!r}. Groups: "
+                f"{[g.name for g in self.groups][:20]}"
+            )
+        return dataclasses.replace(self, groups=found)
+
+    def units(self, reduce: Reduce = "mean") -> Units:
+        """The prunable groups as a structure for :func:`movement_jax.movement_pruning`.
+
+        Which takes the groups themselves, too: ``structure=groups``. It scores, ranks
+        and masks whole units in every step, by any criterion and on any schedule.
+
+        Args:
+          reduce: ``"mean"`` or ``"sum"`` of the scores of its weights is what a unit is
+            worth.
+
+        Raises:
+          ValueError: if no group is prunable, or ``reduce`` is neither.
+
+        Examples:
+          >>> import jax.numpy as jnp, movement_jax as mj
+          >>> from movement_jax import shrink
+          >>> def model(params, x):
+          ...     return (x @ params["up"]) @ params["down"]
+          >>> params = {"up": jnp.array([[1.0, 2, 3, 4]]), "down": jnp.ones((4, 1))}
+          >>> groups = shrink.find_groups(model, params, jnp.ones((1, 1)))
+          >>> tx = mj.movement_pruning(0.5, mj.Magnitude(), structure=groups)
+          >>> params, state = mj.prune((params, tx.init(params)), 0.5)
+          >>> print(params["up"][0], params["down"][:, 0])
+          [0. 0. 3. 4.] [0. 0. 1. 1.]
+          >>> groups.kept(state.masks)
+          {'up:1': array([False, False,  True,  True])}
+        """
+        found = tuple(
+            UnitGroup(
+                group.name,
+                group.size,
+                group.weights,
+                tuple(Slices.of(m.path, m.axis, m.index) for m in group.members),
+            )
+            for group in self.prunable
+        )
+        paths = {own.path for group in found for own in group.slices}
+        shapes = tuple((name, shape) for name, shape in self.shapes if name in paths)
+        return Units(found, shapes, reduce)
+
+    def kept(self, masks: Any) -> dict[str, np.ndarray]:
+        """Which units masks have left anything of.
+
+        Args:
+          masks: tree like params of bools, such as ``find_state(opt_state).masks``.
+            Leaves may be missing where no unit goes.
+
+        Returns:
+          A keep of the prunable groups.
+
+        Raises:
+          ValueError: if a unit goes that has weights in leaves that are missing.
+        """
+        leaves, keep = self._matched("masks", masks), {}
+        for group in self.prunable:
+            alive, missing = np.zeros(group.size, bool), []
+            for member in group.members:
+                if member.path not in leaves:
+                    missing.append(member.path)
+                    continue
+                mask = np.moveaxis(np.asarray(leaves[member.path]), member.axis, 0)
+                rows = mask.reshape(len(mask), -1).any(1)
+                alive[member.index[rows & (member.index >= 0)]] = True
+            if len(missing) == len(group.members):
+                alive[:] = True
+            elif missing and not alive.all():
+                raise ValueError(
+                    f"`masks` drop units of {group.name!r} with weights in "
+                    f"{missing[:5]}, which they leave dense. Prune with "
+                    "`movement_pruning(structure=groups)`."
+                )
+            keep[group.name] = alive
+        return keep
 
     def unit_scores(self, scores: Any, reduce: Reduction = "sum") -> dict[str, Any]:
         """What every unit of the prunable groups is worth.
@@ -289,140 +388,6 @@ class Groups:
                 )
             stays[group.leaf] = mask
         return stays
-
-
-def find_groups(
-    fn: Callable[..., Any],
-    params: Any,
-    *inputs: Any,
-    pin: str | Sequence[str] = (),
-    pin_outputs: bool | Callable[[str], bool] = True,
-) -> Groups:
-    """Finds the slices of parameters that can only be removed together.
-
-    Traces ``fn(params, *inputs)`` and follows every axis through the program: a column
-    of one kernel is the row of the next. Nothing is computed and no layer is known by
-    name, so that any pure function of any library will do. What is not understood is
-    pinned, never guessed.
-
-    Removal of a prunable unit is exact: with its weights at zero the function gives the
-    same as with them cut out (:func:`movement_jax.shrink.shrunk`). Normalisation over
-    an axis in two passes, a softmax over it, or a bias added after a sigmoid can make
-    its group inexact.
-
-    Args:
-      fn: pure function; dropout off, batch statistics among the params or fixed.
-      params: tree of arrays or ``jax.ShapeDtypeStruct``.
-      *inputs: further arguments, as in a call. Their axes are pinned.
-      pin: regular expressions for ``"path:axis"`` of axes to leave alone.
-      pin_outputs: whether the axes of results are pinned, or for which paths of them.
-
-    Returns:
-      The groups, prunable or not, of at least two units.
-
-    Raises:
-      ValueError: if ``params`` is no tree of arrays, or a pattern of ``pin`` is found
-        nowhere.
-
-    Examples:
-      >>> import jax, jax.numpy as jnp
-      >>> from movement_jax import shrink
-      >>> def model(params, x):
-      ...     return jax.nn.relu(x @ params["up"]) @ params["down"]
-      >>> params = {"up": jnp.ones((3, 8)), "down": jnp.ones((8, 2))}
-      >>> groups = shrink.find_groups(model, params, jnp.ones((1, 3)))
-      >>> [(g.name, g.size, g.status) for g in groups.groups if g.status == "prunable"]
-      [('up:1', 8, 'prunable')]
-    """
-    shapes = analysis.abstract(params)
-    found = analysis.analyse(fn, shapes, inputs)
-    _pin_outputs(found, pin_outputs)
-    _pin_by_name(found, (pin,) if isinstance(pin, str) else pin)
-    exact = found.exactness()
-    members: dict[Atom, list[Member]] = {}
-    weights: dict[Atom, int] = {}
-    sizes = [tuple(map(dims.size, axes)) for axes in found.axes]
-    factors: dict[tuple[str, int], list[Atom]] = {}
-    for name, axes, shape in zip(found.names, found.axes, sizes):
-        for axis, layout in enumerate(axes):
-            factors[name, axis] = list(dims.leaves(layout))
-            for leaf, index in dims.units(layout):
-                if not leaf.size:
-                    continue
-                member = Member(name, axis, _told(layout, leaf), index)
-                members.setdefault(leaf, []).append(member)
-                each = int(np.prod(shape)) // leaf.size
-                weights.setdefault(leaf, 0)
-                share = np.count_nonzero(index >= 0) / max(len(index), 1)
-                weights[leaf] += int(round(each * share))
-    groups = []
-    for leaf, own in members.items():
-        unique = list({(m.path, m.axis): m for m in own}.values())
-        first = _foremost(unique, dict(zip(found.names, sizes)))
-        several = factors[first.path, first.axis]
-        name = f"{first.path}:{first.axis}"
-        if len(set(several)) > 1:
-            name += f"[{several.index(leaf)}]"
-        status, reason = _status(leaf, exact)
-        groups.append(
-            Group(name, leaf.size, status, reason, tuple(own), weights[leaf], leaf)
-        )
-    return Groups(tuple(groups), tuple(zip(found.names, sizes)), found)
-
-
-def _pin_outputs(found: Analysis, which: bool | Callable[[str], bool]) -> None:
-    for name, axes in zip(found.out_names, found.frame.results):
-        if which(name) if callable(which) else which:
-            for i, layout in enumerate(axes):
-                dims.pin(layout, f"axis {i} of output {name}".rstrip())
-
-
-def _pin_by_name(found: Analysis, patterns: Iterable[str]) -> None:
-    for pattern in patterns:
-        hits = 0
-        for name, axes in zip(found.names, found.axes):
-            for axis, layout in enumerate(axes):
-                if re.search(pattern, f"{name}:{axis}"):
-                    dims.pin(layout, f"pinned by {pattern!r}")
-                    hits += 1
-        if not hits:
-            raise ValueError(
-                f"`pin` has a pattern that is found in no `path:axis`: {pattern!r}. "
-                f"Paths: {list(found.names)[:20]}"
-            )
-
-
-def _status(leaf: Atom, exact: Exactness) -> tuple[Status, str]:
-    if leaf.pin is not None:
-        return "pinned", leaf.pin
-    if leaf in exact.poles:
-        return "inexact", exact.poles[leaf]
-    if not exact.units(leaf).all():
-        return "inexact", exact.why[leaf]
-    if leaf not in exact.eliminated:
-        return "pinned", "not used up in this call"
-    return "prunable", ", ".join(sorted(leaf.notes))
-
-
-def _foremost(members: list[Member], shapes: dict[str, tuple[int, ...]]) -> Member:
-    """The member to name a group after: outputs of a kernel, if there are any."""
-
-    def rank(member: Member) -> tuple[bool, bool]:
-        ndim = len(shapes[member.path])
-        return (ndim < 2 or member.axis != ndim - 1, ndim < 2)
-
-    return min(members, key=rank)
-
-
-def _told(layout: Layout, leaf: Atom) -> str:
-    parts = []
-    for atom in dims.expand(layout):
-        if atom.segments is not None:
-            inner = [_told(segment, leaf) or "1" for segment in atom.segments]
-            parts.append(f"({'+'.join(inner)})")
-        else:
-            parts.append(f"[{atom.size}]" if atom is leaf else str(atom.size))
-    return "*".join(parts)
 
 
 def _per_unit(x: Any, member: Member, size: int, reduce: str) -> jax.Array:

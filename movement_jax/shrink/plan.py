@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from movement_jax import report
+from movement_jax import state as _state
 from movement_jax import tree as _tree
+from movement_jax.units import Units
 
 _FORMAT = 1  # of the JSON
 
@@ -117,7 +119,9 @@ class Plan:
         """Cuts all that lies like the params in an optimizer's state.
 
         A leaf whose path ends in that of a parameter is cut like it: moments, masks,
-        scores, running averages.
+        scores, running averages. A state of :func:`movement_jax.movement_pruning` with
+        groups as its ``structure`` goes on with the units that are left: a sparsity
+        higher than before the cut then counts these.
 
         Args:
           state: of an optimizer, or any tree that holds trees like the params.
@@ -148,6 +152,7 @@ class Plan:
             return self._cut(own, x)
 
         out = jax.tree_util.tree_map_with_path(pick, state)
+        out = jax.tree.map(self._cut_units, out, is_leaf=_state.is_state)
         if arrays and not found:
             raise ValueError(
                 "`state` holds nothing whose path ends in that of a parameter; it has "
@@ -225,6 +230,18 @@ class Plan:
         for axis, at in self.cuts.get(name, {}).items():
             x = jnp.take(x, np.asarray(at), axis=axis)
         return x
+
+    def _cut_units(self, node: Any) -> Any:
+        """The units that a pruning state is configured with, cut too."""
+        if not isinstance(node, _state.MovementState):
+            return node
+        units = node.config.structure
+        if not isinstance(units, Units) or dict(units.shapes) != {
+            path: self.shapes.get(path) for path, _ in units.shapes
+        }:
+            return node
+        config = dataclasses.replace(node.config, structure=units.cut(self.cuts))
+        return node._replace(config=config)
 
     def _check(self) -> None:
         for name, own in self.cuts.items():

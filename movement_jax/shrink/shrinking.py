@@ -13,7 +13,7 @@ from movement_jax import tree as _tree
 from movement_jax.shrink import analysis, dims
 from movement_jax.shrink.analysis import Analysis
 from movement_jax.shrink.dims import Atom
-from movement_jax.shrink.groups import find_groups
+from movement_jax.shrink.finding import find_groups
 from movement_jax.shrink.plan import Plan
 from movement_jax.shrink.rewriting import Cutter
 
