@@ -132,33 +132,6 @@ def test_shrink_like_cuts_moments_masks_and_scores():
     )
 
 
-def test_masked_units_stay_at_zero_in_training_and_are_cut_exactly():
-    tx = optax.chain(optax.adamw(1e-2), mj.movement_pruning(prunable="."))
-
-    @jax.jit
-    def step(params, state):
-        grads = jax.grad(lambda p: ((model(p, X) - 1) ** 2).mean())(params)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    state = step(PARAMS, tx.init(PARAMS))
-    scores = GROUPS.unit_scores(mj.find_state(state[1]).scores)
-    keep = shrink.choose(GROUPS, scores, 0.5)
-    state = shrink.mask_units(state, GROUPS, keep)
-    for _ in range(3):
-        state = step(*state)
-    plan = GROUPS.plan(keep)
-    masked = plan.mask(state[0])
-    assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, masked, state[0])))
-    got = shrink.shrunk(model, plan)(plan.shrink(state[0]), X)
-    np.testing.assert_allclose(got, model(state[0], X), atol=1e-5)
-    small = plan.shrink(state[0]), plan.shrink_like(state[1])
-    assert mj.find_state(small[1]).masks["up"].shape == (6, 4)
-    kernels = mj.movement_pruning(prunable="up").init(PARAMS)
-    with pytest.raises(ValueError, match="which `movement_pruning` leaves dense"):
-        shrink.mask_units((PARAMS, kernels), GROUPS, keep)
-
-
 def test_shrink_like_refuses_factored_and_flattened_states():
     factored = optax.adafactor(1e-3, min_dim_size_to_factor=2).init(PARAMS)
     with pytest.raises(ValueError, match="the plan says"):
