@@ -41,6 +41,7 @@ class Row(NamedTuple):
     params: Any
     loss: float
     before: float | None = None  # the loss right after pruning
+    dense: float | None = None  # that of the dense model after as many steps
 
 
 def main() -> None:
@@ -104,7 +105,7 @@ def main() -> None:
     def measured(fn: Any, params: Any) -> float:
         return float(jax.jit(make_loss(fn))(params, excerpts))
 
-    state = train((params, tx.init(params)), steps, 1)
+    state = unpruned = train((params, tx.init(params)), steps, 1)
     rows = [Row("dense", apply, state[0], measured(apply, state[0]))]
     prune = jax.jit(mj.prune)  # whole units, at any sparsity
     for seed, sparsity in enumerate((0.5, 0.75, 0.9), 2):
@@ -112,20 +113,34 @@ def main() -> None:
         before = measured(apply, state[0])
         state = train(state, recovery, seed)
         after = measured(apply, state[0])
+        unpruned = train(unpruned, recovery, seed)
+        dense = measured(apply, unpruned[0])
         plan = groups.plan(groups.kept(mj.find_state(state[1]).masks))
         checked = shrink.verify(apply, state[0], plan, excerpts[:2, :-1])
         print(f"{sparsity:.0%}: shrunk equals masked, up to {checked.worst:.1e}")
         fn, small = shrink.shrunk(apply, plan), plan.shrink(state[0])
         shrunk_loss = measured(fn, small)
         assert abs(shrunk_loss - after) < 1e-4, (shrunk_loss, after)
-        rows.append(Row(f"masked {sparsity:.0%}", apply, state[0], after, before))
-        rows.append(Row(f"shrunk {sparsity:.0%}", fn, small, shrunk_loss, before))
+        for name, *own in (
+            ("masked", apply, state[0], after),
+            ("shrunk", fn, small, shrunk_loss),
+        ):
+            rows.append(Row(f"{name} {sparsity:.0%}", *own, before, dense))
 
     print(plan)
     models = [(jax.jit(row.fn), row.params) for row in rows]
     times = np.array(_times(models, excerpts[:4, :-1], rounds))
     sizes = [_checkpoint_bytes(row.params) for row in rows]
-    columns = ("Parameters", "MFLOP", "Loss", "Before", "Time", "Speed-up", "Disk")
+    columns = (
+        "Parameters",
+        "MFLOP",
+        "Loss",
+        "Before",
+        "Dense",
+        "Time",
+        "Speed-up",
+        "Disk",
+    )
     table = new_table("Model", *columns, title=None)
     for row, (fn, params), own, size in zip(rows, models, times, sizes):
         flops = fn.lower(params, excerpts[:4, :-1]).compile().cost_analysis()["flops"]
@@ -136,13 +151,17 @@ def main() -> None:
             f"{flops / 1e6:,.0f}",
             f"{row.loss:.3f}",
             "-" if row.before is None else f"{row.before:.3f}",
+            "-" if row.dense is None else f"{row.dense:.3f}",
             f"{1e3 * np.median(own):.1f} ms",
             _ratios(times[0] / own),
             f"{size / 1e6:.2f} MB",
         )
     print(f"\n{rendered(table)}")
-    print("\nLoss: nats per byte; before: right after pruning, untrained. Time: of 4 x")
-    print(f"{length} tokens on one core; median and quartiles of {rounds} paired runs.")
+    print(
+        "\nLoss: nats per byte; before: right after pruning; dense: of the model that"
+    )
+    print(f"was trained as long and never pruned. Time: of 4 x {length} tokens on one")
+    print(f"core; median and quartiles of {rounds} paired runs.")
     args.out.mkdir(parents=True, exist_ok=True)
     _draw(rows, times, sizes, args.out / "shrink.png")
 
@@ -212,6 +231,8 @@ def _draw(
     before = [rows[0].loss, *(row.before or 0.0 for row in rows[2::2])]
     axes[2].plot(places, before, "o:", color="tab:gray", label="right after pruning")
     axes[2].plot(places, losses, "o-", color="tab:blue", label="trained on")
+    dense = [rows[0].loss, *(row.dense or 0.0 for row in rows[2::2])]
+    axes[2].plot(places, dense, "s-", color="black", ms=4, label="never pruned")
     titles = ("Speed-up of a forward pass", "Checkpoint, MB", "Loss, nats per byte")
     for ax, title in zip(axes, titles):
         ax.set_title(title, size=10)

@@ -18,7 +18,7 @@ SPARSITIES = ("0.5", "0.7", "0.8", "0.9", "0.95")
 pytestmark = pytest.mark.slow
 
 
-def run(out, *arguments, devices=1):
+def run(out, *arguments, devices=1, script="transformer_lm.py"):
     flags = f"--xla_force_host_platform_device_count={devices}"
     environment = {
         **os.environ,
@@ -27,7 +27,7 @@ def run(out, *arguments, devices=1):
         "PYTHONPATH": str(ROOT),
     }
     return subprocess.run(
-        [sys.executable, ROOT / "examples/transformer_lm.py", "--out", out, *arguments],
+        [sys.executable, ROOT / "examples" / script, "--out", out, *arguments],
         env=environment,
         capture_output=True,
         text=True,
@@ -112,3 +112,14 @@ def test_transformer_lm_shards_its_large_preset_over_eight_devices(tmp_path):
     assert results["setting"]["devices"].startswith("8 × ")
     assert results["sharded"] > 0.9
     assert (tmp_path / "report.md").exists()
+
+
+def test_shrink_transformer_cuts_what_it_says_and_draws_it(tmp_path):
+    done = run(tmp_path, "--tiny", script="shrink_transformer.py")
+    assert done.returncode == 0, done.stderr[-4000:]
+    for name in ("masked 50%", "shrunk 75%", "shrunk 90%", "shrunk equals masked"):
+        assert name in done.stdout
+    # One head of four is left, and 13 of 128 hidden units.
+    for cells in (["4", "1"], ["128", "13"]):
+        assert [x for x in done.stdout.splitlines() if x.split()[1:] == cells]
+    assert (tmp_path / "shrink.png").read_bytes().startswith(b"\x89PNG")

@@ -25,7 +25,8 @@ def find_groups(
     Traces ``fn(params, *inputs)`` and follows every axis through the program: a column
     of one kernel is the row of the next. Nothing is computed and no layer is known by
     name, so that any pure function of any library will do. What is not understood is
-    pinned, never guessed.
+    pinned, never guessed. Layers stacked for a scan lose the same units: their axis is
+    pinned, as the length of the scan.
 
     Removal of a prunable unit is exact: with its weights at zero the function gives the
     same as with them cut out (:func:`movement_jax.shrink.shrunk`). Normalisation over

@@ -82,11 +82,14 @@ class Plan:
     def small_shapes(self) -> dict[str, tuple[int, ...]]:
         """Path -> shape of all params after the cut.
 
-        A smaller module can be built by hand where its hyperparameters give these
-        shapes: a narrower hidden layer, fewer attention heads. With a smaller
-        ``head_dim`` or a smaller width under a LayerNorm it would compute something
-        else, since ``1 / sqrt(head_dim)`` and means are taken of the new sizes; only
-        :func:`movement_jax.shrink.shrunk` keeps the old ones.
+        They are the sizes to pass, where a smaller module is to be built by hand. It
+        computes the same where no number is taken from a size that changes: a narrower
+        hidden layer, fewer heads (if ``qkv_features`` is passed too, or ``head_dim``
+        would grow), fewer channels of a convolution. It computes something else,
+        without an error, with a smaller ``head_dim``, since queries are divided by its
+        root, and with a narrower stream under a LayerNorm or RMSNorm, whose means are
+        over the new width. ``verify(fn, params, plan, x, rebuilt=small_fn)`` tells.
+        :func:`movement_jax.shrink.shrunk` always keeps the old numbers.
         """
         return {
             name: tuple(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -75,6 +75,7 @@ def verify(
     plan: Plan | Mapping[str, Any],
     *inputs: Any,
     rtol: float | None = None,
+    rebuilt: Callable[..., Any] | None = None,
 ) -> "Verified":
     """Compares the masked dense model with the shrunk one.
 
@@ -88,12 +89,17 @@ def verify(
       *inputs: further arguments of ``fn``, better random than zeros or ones.
       rtol: largest difference allowed, relative to the largest magnitude of the
         result. None for 1e-10 in float64, 1e-4 in float32, 0.05 in less.
+      rebuilt: a function of the small params and ``inputs``, of a module that was made
+        anew with smaller hyperparameters (see ``plan.small_shapes``). It is compared
+        with the masked model too, since some give other results without an error: with
+        a smaller ``head_dim``, or a narrower stream under a LayerNorm.
 
     Returns:
-      The differences.
+      The differences; with ``rebuilt``, those of it.
 
     Raises:
-      ValueError: if a result differs by more.
+      ValueError: if a result differs by more, or ``rebuilt`` returns another tree or
+        other shapes.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -110,12 +116,48 @@ def verify(
     masked, small = plan.mask(params), plan.shrink(params)
     made = _prepare(fn, plan, small, inputs, plan.inexact)
     want = jax.tree.leaves(jax.jit(fn)(masked, *inputs))
-    got = jax.tree.leaves(jax.jit(lambda p, *i: made.run(p, i))(small, *inputs))
+    got = jax.jit(lambda p, *i: made.run(p, i))(small, *inputs)
+    results = made.analysis.frame.results
+    want = [made.cutter.take(x, axes) for x, axes in zip(want, results)]
+    names, shapes = made.analysis.out_names, jax.tree.map(jnp.shape, got)
+    found = _compared(
+        names,
+        want,
+        jax.tree.leaves(got),
+        rtol,
+        "The shrunk model is not the masked one",
+        "Inputs must make `fn` deterministic; an inexact plan always differs.",
+    )
+    if rebuilt is None:
+        return found
+    got = jax.jit(rebuilt)(small, *inputs)
+    if jax.tree.map(jnp.shape, got) != shapes:
+        raise ValueError(
+            f"`rebuilt` returns arrays of shapes {jax.tree.map(jnp.shape, got)}, where "
+            f"the shrunk model has {shapes}. Give it the sizes of "
+            "`plan.small_shapes()`, and let it return what `fn` does."
+        )
+    return _compared(
+        names,
+        want,
+        jax.tree.leaves(got),
+        rtol,
+        "`rebuilt` is another model than the masked one",
+        "What it takes from its own sizes has changed: `1 / sqrt(head_dim)`, means "
+        "under a LayerNorm, positions. Run `shrunk(fn, plan)`, which keeps the old.",
+    )
+
+
+def _compared(
+    names: Sequence[str],
+    want: list[Any],
+    got: list[Any],
+    rtol: float | None,
+    what: str,
+    hint: str,
+) -> "Verified":
     rows = {}
-    for name, axes, a, b in zip(
-        made.analysis.out_names, made.analysis.frame.results, want, got
-    ):
-        a = made.cutter.take(a, axes)
+    for name, a, b in zip(names, want, got):
         if not jnp.issubdtype(a.dtype, jnp.inexact):
             rows[name] = (float(np.any(np.asarray(a != b))), 1.0, 0.5)
             continue
@@ -135,9 +177,8 @@ def verify(
     for name, (off, scale, allowed) in rows.items():
         if not off <= allowed * scale:
             raise ValueError(
-                f"The shrunk model is not the masked one: result {name!r} differs by "
-                f"{off:.3g}, where the largest is {scale:.3g}. Inputs must make `fn` "
-                "deterministic; an inexact plan always differs."
+                f"{what}: result {name!r} differs by {off:.3g}, where the largest is "
+                f"{scale:.3g}. {hint}"
             )
     return found
 

@@ -1,7 +1,10 @@
 """Scores of units, choices, plans, what they do to states, and training after a cut."""
 
+import functools
 import json
+import time
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +15,7 @@ from jax import export
 
 import movement_jax as mj
 from movement_jax import shrink
+from movement_jax.tree import named_leaves
 
 X = jnp.asarray(np.random.default_rng(5).normal(size=(4, 6)), jnp.float32)
 
@@ -116,6 +120,99 @@ def test_plan_survives_json_and_refuses_what_is_none():
 def test_plan_says_the_small_shapes():
     assert PLAN.small_shapes() == {"bias": (4,), "down": (4, 3), "up": (6, 4)}
     assert "8" in str(PLAN) and "80 parameters, 40 left (50.0%)" in str(PLAN)
+
+
+class Small(nn.Module):
+    """A block whose hyperparameters can be made smaller."""
+
+    hidden: int = 24
+    heads: int = 4
+    head_dim: int = 4
+    width: int = 16
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(self.width, name="stream")(x)
+        own = nn.MultiHeadDotProductAttention(
+            self.heads, qkv_features=self.heads * self.head_dim, name="attention"
+        )
+        x = x + own(nn.LayerNorm()(x))
+        y = nn.gelu(nn.Dense(self.hidden, name="up")(nn.LayerNorm()(x)))
+        return nn.Dense(3, name="head")(x + nn.Dense(self.width, name="down")(y))
+
+
+REBUILT = {  # axes that are cut, sizes to pass, and whether the result is the same
+    "hidden": (["up/kernel:1"], {"hidden": 12}, True),
+    "heads": (["attention/query/kernel:1"], {"heads": 2}, True),
+    "head_dim": (
+        ["attention/query/kernel:2", "attention/value/kernel:2"],
+        {"head_dim": 2},
+        False,
+    ),
+    "width": (["stream/kernel:1"], {"width": 8}, False),
+}
+
+
+@pytest.mark.parametrize("name", REBUILT)
+def test_smaller_modules_are_the_same_or_told_apart(name):
+    axes, sizes, same = REBUILT[name]
+    fn, params, inputs = zoo.linen(Small(), jnp.ones((2, 5, 6)))
+    inputs = [jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 6)), jnp.float32)]
+    groups = shrink.find_groups(fn, params, *inputs)
+    plan = groups.plan(
+        {
+            group.name: np.arange(group.size) % 2 == 1
+            for group in groups.prunable
+            if {f"{m.path}:{m.axis}" for m in group.members}
+            & {f"params/{axis}" for axis in axes}
+        }
+    )
+    small = Small(**sizes)
+    made = jax.eval_shape(small.init, jax.random.key(0), *inputs)
+    wanted = {n: x.shape for n, x in named_leaves(made)}
+    assert plan.small_shapes() == wanted  # the sizes to pass
+    check = functools.partial(shrink.verify, fn, params, plan, *inputs)
+    if same:
+        assert check(rebuilt=small.apply).worst < 1e-4
+    else:
+        assert check().worst < 1e-4
+        with pytest.raises(ValueError, match="`rebuilt` is another model"):
+            check(rebuilt=small.apply)
+
+
+def test_a_rebuilt_model_with_other_results_is_refused():
+    with pytest.raises(ValueError, match=r"shapes \(4, 1\), .* \(4, 3\)"):
+        shrink.verify(model, PARAMS, PLAN, X, rebuilt=lambda p, x: model(p, x)[:, :1])
+
+
+def test_layers_of_a_scan_lose_the_same_units():
+    fn, params, inputs = zoo.gqa_decoder_scan()
+    groups = shrink.find_groups(fn, params, *inputs)
+    stacked = [g for g in groups.groups if any(m.axis == 0 for m in g.members)]
+    layers = [g for g in stacked if "the length of a scan" in g.reason]
+    assert layers and all(g.status == "pinned" for g in layers)
+    group = next(g for g in groups.prunable if "gate_up" in g.name)
+    masks = groups.masks({group.name: np.arange(group.size) % 2 == 0})
+    (mask,) = [m for n, m in named_leaves(masks) if n.endswith("gate_up")]
+    np.testing.assert_array_equal(mask, np.broadcast_to(mask[:1], mask.shape))
+    assert not mask.all()
+
+
+def test_groups_of_a_large_model_are_found_in_two_seconds(capsys):
+    module = zoo.Wide(layers=24, width=1130)
+    ids = jax.ShapeDtypeStruct((1, 128), jnp.int32)
+    params = jax.eval_shape(module.init, jax.random.key(0), ids)
+    start = time.process_time()
+    groups = shrink.find_groups(module.apply, params, ids)
+    seconds = time.process_time() - start
+    size = sum(x.size for x in jax.tree.leaves(params))
+    with capsys.disabled():
+        print(
+            f"\n{len(groups.prunable)} prunable groups of {size:,} weights: "
+            f"{seconds:.2f} s of CPU time"
+        )
+    assert size > 368e6 and len(groups.prunable) == 4 * 24 + 1
+    assert seconds < 2
 
 
 def test_shrink_like_cuts_moments_masks_and_scores():

@@ -119,6 +119,22 @@ def linen_transformer():
     return linen(Transformer(), tokens(2, 5))
 
 
+class Wide(nn.Module):
+    """As large as asked for; only its shapes are used."""
+
+    layers: int
+    width: int
+
+    @nn.compact
+    def __call__(self, ids):
+        x = nn.Embed(256, self.width)(ids)
+        for _ in range(self.layers):
+            x = x + nn.MultiHeadDotProductAttention(num_heads=10)(nn.LayerNorm()(x))
+            y = nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(x)))
+            x = x + nn.Dense(self.width)(y)
+        return nn.Dense(256)(nn.LayerNorm()(x))
+
+
 class ScannedTransformer(nn.Module):
     @nn.compact
     def __call__(self, ids):
