@@ -233,6 +233,18 @@ def test_every_criterion_prunes_whole_units(name):
     ]
 
 
+def test_units_that_went_stay_away_whatever_their_scores_say():
+    tx = mj.movement_pruning(None, structure=GROUPS)
+    params, state = step_of(tx)(PARAMS, tx.init(PARAMS))
+    params, state = PRUNE((params, state), 0.5)
+    before = units(state.masks)
+    turned = jax.tree.map(lambda x: 1 / (x + 1e-3), state.scores)
+    _, state = PRUNE((params, state._replace(scores=turned)), 0.75)
+    left = units(state.masks)
+    assert [int(x.sum()) for x in left.values()] == [3, 2]
+    assert not any((left[name] & ~before[name]).any() for name in left)
+
+
 def test_units_come_back_with_regrow():
     tx = mj.movement_pruning(
         0.5, mj.Magnitude(), structure=GROUPS, inner=optax.sgd(0.0), regrow=True
