@@ -95,6 +95,17 @@ class Units:
     Raises:
       ValueError: if ``reduce`` is none of these or there are no groups; at ``init``, if
         tensors with slices are not pruned or have another shape.
+
+    Examples:
+      >>> import jax.numpy as jnp, movement_jax as mj
+      >>> from movement_jax import shrink
+      >>> def model(params, x):
+      ...     return (x @ params["up"]) @ params["down"]
+      >>> params = {"up": jnp.ones((3, 8)), "down": jnp.ones((8, 2))}
+      >>> units = shrink.find_groups(model, params, jnp.ones((1, 3))).units()
+      >>> units.groups[0].name, units.groups[0].size, units.groups[0].weights
+      ('up:1', 8, 5)
+      >>> tx = mj.movement_pruning(0.5, structure=units, allocation=mj.Global())
     """
 
     groups: tuple[UnitGroup, ...]

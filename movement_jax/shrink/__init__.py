@@ -11,6 +11,7 @@ from movement_jax.shrink.groups import Group, Groups, Member
 from movement_jax.shrink.plan import Plan, PlanSummary
 from movement_jax.shrink.registry import register_rule
 from movement_jax.shrink.shrinking import Verified, shrunk, verify
+from movement_jax.units import Units
 
 __all__ = [
     "Group",
@@ -18,6 +19,7 @@ __all__ = [
     "Member",
     "Plan",
     "PlanSummary",
+    "Units",
     "Verified",
     "choose",
     "find_groups",
