@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--width", type=int)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("."))
+    parser.add_argument("--out", type=pathlib.Path, default="runs/shrink")
     args = parser.parse_args()
     tiny = args.tiny
     width, layers, heads, length = (32, 1, 4, 32) if tiny else (128, 4, 8, 128)
