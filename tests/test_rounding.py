@@ -223,6 +223,12 @@ def test_a_restart_changes_no_bit(criterion, tmp_path):
     assert_same(trained(tx, loaded, 6), trained(tx, state, 6))
 
 
+@functools.cache
+def on_one_device(criterion):
+    tx = pruning(criterion)
+    return trained(tx, (make_params(), tx.init(make_params())), 10)
+
+
 @cheaply
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
 @pytest.mark.parametrize("spec", [("x", "y"), ("y",), (None, ("x", "y"))], ids=str)
@@ -235,7 +241,7 @@ def test_every_mesh_gives_the_bits_of_one_device(criterion, axis_type, spec):
         params = {"kernel": jax.device_put(make_params()["kernel"], sharding)}
         spread = trained(tx, (params, tx.init(params)), 10)
     assert spread[1].scores.values["kernel"].sharding.is_equivalent_to(sharding, 2)
-    assert_same(spread, trained(tx, (make_params(), tx.init(make_params())), 10))
+    assert_same(spread, on_one_device(criterion))
 
 
 @cheaply
