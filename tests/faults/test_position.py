@@ -73,6 +73,21 @@ def undone(opt_state):
     return int(mj.find_state(opt_state).events.undone)
 
 
+def warned(state):
+    found = [f for f in mj.health(state).findings if f.name == "position"]
+    return any(finding.level == "warning" for finding in found)
+
+
+@pytest.mark.parametrize("after", WRONG)
+def test_D2_wrong_orders_are_reported_by_the_second_update(after):
+    tx = optax.chain(mj.movement_pruning(0.5, mj.Magnitude()), WRONG[after])
+    state = PARAMS, tx.init(PARAMS)
+    assert not warned(state)
+    for _ in range(2):
+        state, _ = descend(tx, state, 1)
+        assert warned(state)
+
+
 @pytest.mark.parametrize("after", WRONG)
 def test_D2_wrong_orders_are_flagged_within_two_updates_of_the_first_zeros(after):
     tx = optax.chain(mj.movement_pruning(0.5, mj.Magnitude()), WRONG[after])
@@ -122,7 +137,7 @@ RIGHT = {name: _last(optimizer) for name, optimizer in OPTIMIZERS.items()} | {
 def test_D3_right_orders_leave_exact_zeros_and_raise_no_alarm(order):
     tx = RIGHT[order]
     state, log = descend(tx, (PARAMS, tx.init(PARAMS)), STEPS, undone)
-    assert not any(log)
+    assert not any(log) and not warned(state)
     mask = np.asarray(mj.find_state(state[1]).masks["kernel"])
     assert mask.sum() == HALF
     seen = mj.effective_params(*state) if "regrow" in order else state[0]
