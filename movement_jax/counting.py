@@ -185,12 +185,20 @@ def count(ranked: Ranked, keys: jax.Array) -> jax.Array:
     Returns:
       Shape ``(n, segments)``, int32.
     """
-    return _counts(
+    thresholds = to_float(keys)
+    tops = thresholds
+    if ranked.kept is not None:
+        # Counts what :func:`_rank` ranks, which XLA for GPU would store first, to
+        # compare it with so many: what is dropped lies below all thresholds but NaN.
+        lowest = jnp.finfo(tops.dtype).min
+        tops = jnp.where(thresholds < lowest, jnp.nan, thresholds)
+    counts = _counts(
         [
             _count_keys(x, kept, table, tensor, start)
-            for (x, kept, table, _), tensor, start in _hidden(ranked, _table([keys]))
+            for (x, kept, table, _), tensor, start in _hidden(ranked, tops)
         ]
     )
+    return jnp.where(jnp.isnan(thresholds), 0, counts)
 
 
 def count_ties(
@@ -314,15 +322,9 @@ def _count_keys(
     tensor: Tensor,
     start: jax.Array,
 ) -> list[jax.Array]:
-    x, thresholds = _score(x, tensor), _as_float(_rows(table, tensor, start))
-    if kept is None:
-        return _sums([x <= at for at in thresholds], tensor)
-    # Counts what :func:`_rank` ranks, which XLA for GPU would store first, to compare
-    # it with so many: what is dropped already lies below all thresholds but NaN.
-    lowest = jnp.finfo(x.dtype).min
-    tops = [jnp.where(at < lowest, jnp.nan, at) for at in thresholds]
-    nothing = [jnp.isnan(at) for at in thresholds]
-    return _sums([~kept | (x <= top) for top in tops], tensor, nothing)
+    x = _score(x, tensor)
+    below = [x <= top for top in _rows(table, tensor, start)]
+    return _sums(below if kept is None else [~kept | b for b in below], tensor)
 
 
 @functools.partial(jax.jit, static_argnums=4)
@@ -372,16 +374,10 @@ def _as_float(rows: Sequence[jax.Array]) -> list[jax.Array]:
     return [lax.bitcast_convert_type(row, jnp.float32) for row in rows]
 
 
-def _sums(
-    predicates: Sequence[jax.Array],
-    tensor: Tensor,
-    nothing: Sequence[jax.Array] = (),
-) -> list[jax.Array]:
-    """How often each holds in every segment, on all devices; 0 where ``nothing``."""
+def _sums(predicates: Sequence[jax.Array], tensor: Tensor) -> list[jax.Array]:
+    """How often each holds in every segment, on all devices."""
     sums = tally(predicates, tuple(range(tensor.leading, len(tensor.shape))))
     counts = [_replicated(s).reshape(tensor.segments) for s in sums]
-    for i, none in enumerate(nothing):
-        counts[i] = jnp.where(none.reshape(tensor.segments), 0, counts[i])
     return sum_over(counts, tensor.axes)
 
 

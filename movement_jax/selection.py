@@ -8,6 +8,7 @@ devices, nothing the size of a tensor is stored, and nothing is flattened.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -247,16 +248,20 @@ def _search(
       candidates: values to count at in every pass.
     """
 
-    def body(carry: tuple[_Search, jax.Array]) -> tuple[_Search, jax.Array]:
-        now, passes = carry
-        tries = _tries(now, goal, passes, hint, candidates)
-        return _narrow(now, tries, counts_at(tries), goal), passes + 1
+    # Values are chosen at the end of a pass for the next one: chosen at its beginning,
+    # XLA for CPU would choose them anew in the program of every tensor.
+    def body(carry: tuple[_Search, jax.Array, jax.Array]) -> tuple[Any, ...]:
+        now, tries, passes = carry
+        now, passes = _narrow(now, tries, counts_at(tries), goal), passes + 1
+        return now, _tries(now, goal, passes, hint, candidates), passes
 
-    def goes_on(carry: tuple[_Search, jax.Array]) -> jax.Array:
-        now, _ = carry
+    def goes_on(carry: tuple[_Search, jax.Array, jax.Array]) -> jax.Array:
+        now, *_ = carry
         return jnp.any(~now.exact & (distance(now.low, now.high) > 1))
 
-    return lax.while_loop(goes_on, body, (start, jnp.int32(0)))[0]
+    passes = jnp.int32(0)
+    tries = _tries(start, goal, passes, hint, candidates)
+    return lax.while_loop(goes_on, body, (start, tries, passes))[0]
 
 
 def _tries(
