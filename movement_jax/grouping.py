@@ -147,7 +147,8 @@ def _by_parts(
 
 def _any(mask: jax.Array, block: tuple[int, ...]) -> jax.Array:
     split, axes = _split(mask, block)
-    return jnp.any(split, axis=axes)
+    # Of bools, XLA for TPU would first store a copy in another layout.
+    return jnp.max(split.astype(jnp.float32), axis=axes) > 0
 
 
 def _score(x: jax.Array, block: tuple[int, ...], reduce: Reduce) -> jax.Array:
