@@ -34,7 +34,13 @@ class Analysis:
     out_names: tuple[str, ...]
 
     def exactness(self, values: Sequence[Any] | None = None) -> flows.Exactness:
-        """What can be cut exactly.
+        """What can be cut exactly: the first part of :meth:`follow`."""
+        return self.follow(values)[0]
+
+    def follow(
+        self, values: Sequence[Any] | None = None
+    ) -> tuple[flows.Exactness, list[flows.Flow]]:
+        """What can be cut exactly, and what is known of the results.
 
         Args:
           values: of the params, for the units that are zero already; None for units
@@ -46,8 +52,7 @@ class Analysis:
             for i, axes in enumerate(self.axes)
         ]
         rest = len(self.frame.program.invars) - len(known)
-        zero.follow(self.frame, known + [flows.Flow()] * rest, found)
-        return found
+        return found, zero.follow(self.frame, known + [flows.Flow()] * rest, found)
 
 
 def analyse(

@@ -1,13 +1,12 @@
 """Which units stay, given what each is worth."""
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
 
-from movement_jax.shrink.groups import Group, Groups
+from movement_jax.shrink.groups import Group, Groups, searching
 
 Scope = Literal["group", "by_kind", "global"]
 _SCOPES = ("group", "by_kind", "global")
@@ -112,9 +111,10 @@ def _levels(sparsity: Any, groups: list[Group]) -> dict[str, float]:
                 "group is `{'mlp/up': 0.5, 'query': 0.25}`."
             )
     levels, used = {}, set()
+    searches = {pattern: searching("sparsity", pattern) for pattern in rules}
     for group in groups:
         for pattern, value in rules.items():
-            if re.search(pattern, group.name):
+            if searches[pattern](group.name):
                 levels[group.name] = float(value)
                 used.add(pattern)
                 break

@@ -1,6 +1,5 @@
 """Finding the groups: which slices of which parameters go together, and why not."""
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from movement_jax.shrink import analysis, dims
 from movement_jax.shrink.analysis import Analysis
 from movement_jax.shrink.dims import Atom, Layout
 from movement_jax.shrink.flows import Exactness
-from movement_jax.shrink.groups import Group, Groups, Member, Status
+from movement_jax.shrink.groups import Group, Groups, Member, Status, searching
 
 
 def find_groups(
@@ -44,8 +43,8 @@ def find_groups(
       The groups, prunable or not, of at least two units.
 
     Raises:
-      ValueError: if ``params`` is no tree of arrays, or a pattern of ``pin`` is found
-        nowhere.
+      ValueError: if ``params`` is no tree of arrays, or a pattern of ``pin`` is none
+        or found nowhere.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -102,10 +101,10 @@ def _pin_outputs(found: Analysis, which: bool | Callable[[str], bool]) -> None:
 
 def _pin_by_name(found: Analysis, patterns: Iterable[str]) -> None:
     for pattern in patterns:
-        hits = 0
+        hits, search = 0, searching("pin", pattern)
         for name, axes in zip(found.names, found.axes):
             for axis, layout in enumerate(axes):
-                if re.search(pattern, f"{name}:{axis}"):
+                if search(f"{name}:{axis}"):
                     dims.pin(layout, f"pinned by {pattern!r}")
                     hits += 1
         if not hits:

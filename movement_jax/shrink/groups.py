@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -124,7 +124,7 @@ class Groups:
         """The groups in whose names a regular expression is found.
 
         Raises:
-          ValueError: if it is found in none.
+          ValueError: if it is found in none, or is no regular expression.
 
         Examples:
           >>> import jax.numpy as jnp
@@ -136,7 +136,8 @@ class Groups:
           >>> [group.name for group in groups.only("up:1").groups]
           ['up:1']
         """
-        found = tuple(g for g in self.groups if re.search(pattern, g.name))
+        search = searching("pattern", pattern)
+        found = tuple(g for g in self.groups if search(g.name))
         if not found:
             raise ValueError(
                 f"`pattern` is found in no name of a group: {pattern!r}. Groups: "
@@ -390,6 +391,16 @@ class Groups:
         return stays
 
 
+def searching(argument: str, pattern: str) -> Callable[[str], Any]:
+    """Where a regular expression is found; refuses what is none."""
+    try:
+        return re.compile(pattern).search
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f"`{argument}` is no regular expression: {pattern!r} ({error})"
+        ) from None
+
+
 def _per_unit(x: Any, member: Member, size: int, reduce: str) -> jax.Array:
     """Totals and counts of one member. Shape ``(2, size)``, float32."""
     x = jnp.asarray(x, jnp.float32)
@@ -397,10 +408,10 @@ def _per_unit(x: Any, member: Member, size: int, reduce: str) -> jax.Array:
     each = x.size // max(len(member.index), 1)
     index = jnp.asarray(np.where(member.index < 0, size, member.index))
     if reduce == "max":
-        lowest = jnp.full(size + 1, -jnp.inf)
+        lowest = jnp.full(size + 1, -jnp.inf, jnp.float32)
         top = lowest.at[index].max(jnp.max(x, rest) if rest else x)
-        return jnp.stack([top[:size], jnp.zeros(size)])
+        return jnp.stack([top[:size], jnp.zeros(size, jnp.float32)])
     row = jnp.sum(x * x if reduce == "l2" else x, rest)
-    total = jnp.zeros(size + 1).at[index].add(row)
-    count = jnp.zeros(size + 1).at[index].add(each)
+    total = jnp.zeros(size + 1, jnp.float32).at[index].add(row)
+    count = jnp.zeros(size + 1, jnp.float32).at[index].add(each)
     return jnp.stack([total, count])[:, :size]

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -64,9 +66,9 @@ class Plan:
             if read.pop("format") != _FORMAT:
                 raise ValueError("another format")
             plan = cls(
-                shapes={name: tuple(shape) for name, shape in read["shapes"].items()},
+                shapes={name: _integers(d) for name, d in read["shapes"].items()},
                 cuts={
-                    name: {int(axis): tuple(at) for axis, at in own.items()}
+                    name: {int(axis): _integers(at) for axis, at in own.items()}
                     for name, own in read["cuts"].items()
                 },
                 units={name: (n, of) for name, (n, of) in read["units"].items()},
@@ -136,18 +138,13 @@ class Plan:
           ValueError: if such a leaf has another shape than its parameter (a factored
             moment, say), or nothing in ``state`` but scalars belongs to a parameter.
         """
-        found, arrays = [], []
+        arrays = [n for n, x in _tree.named_leaves(state) if jnp.ndim(x)]
+        owners = self.owners(arrays)
 
         def pick(path: Any, x: Any) -> Any:
             name = _tree.path_name(path)
-            if not jnp.ndim(x):
-                return x
-            arrays.append(name)
-            own = self._owner(name)
-            if own is None:
-                return x
-            found.append(own)
-            if own not in self.cuts:
+            own = owners.get(name)
+            if own not in self.cuts or not jnp.ndim(x):
                 return x
             if jnp.shape(x) != self.shapes[own] and jnp.size(x) == 1:
                 return x  # a placeholder
@@ -156,7 +153,7 @@ class Plan:
 
         out = jax.tree_util.tree_map_with_path(pick, state)
         out = jax.tree.map(self._cut_units, out, is_leaf=_state.is_state)
-        if arrays and not found:
+        if arrays and not owners:
             raise ValueError(
                 "`state` holds nothing whose path ends in that of a parameter; it has "
                 f"{arrays[:5]}. `optax.flatten` hides the paths: shrink the params and "
@@ -221,13 +218,27 @@ class Plan:
                 f"{jnp.shape(x)}, the plan says {shapes[name]}."
             )
 
-    def _owner(self, name: str) -> str | None:
-        """The parameter with the longest path that a path ends in."""
-        parts = name.split("/")
-        for i in range(len(parts)):
-            if "/".join(parts[i:]) in self.shapes:
-                return "/".join(parts[i:])
-        return None
+    def owners(self, names: Sequence[str]) -> dict[str, str]:
+        """Path -> the parameter that it ends in, of paths that end in any.
+
+        If a path ends in several, as ``mu/w`` in ``w`` and in ``mu/w``, it is the
+        longest of those with a tree before them that holds nothing but params.
+        """
+        splits = {}
+        for name in names:
+            parts = name.split("/")
+            pairs = ("/".join(parts[:i]) for i in range(len(parts)))
+            splits[name] = [(p, name[len(p) + 1 if p else 0 :]) for p in pairs]
+        others = {
+            p for rows in splits.values() for p, n in rows if n not in self.shapes
+        }
+        found = {}
+        for name, rows in splits.items():
+            own = [(prefix, n) for prefix, n in rows if n in self.shapes]
+            whole = [n for prefix, n in own if prefix not in others]
+            if own:
+                found[name] = (whole or [own[0][1]])[0]
+        return found
 
     def _cut(self, name: str, x: Any) -> Any:
         for axis, at in self.cuts.get(name, {}).items():
@@ -257,6 +268,10 @@ class Plan:
                         f"`text` is no plan: axis {axis} of {name!r}, which has shape "
                         f"{shape}, cannot keep {list(at)[:5]}..."
                     )
+
+
+def _integers(values: Any) -> tuple[int, ...]:
+    return tuple(operator.index(value) for value in values)
 
 
 @dataclasses.dataclass(frozen=True)

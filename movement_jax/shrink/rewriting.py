@@ -255,7 +255,7 @@ def _pad(cutter, site, vals, before, after):
     config = []
     for (low, high, inner), layout in zip(site.params["padding_config"], after[0]):
         stays = cutter.positions(layout)
-        if stays is not None:
+        if stays is not None and not inner:
             low, high = int(stays[:low].sum()), int(stays[len(stays) - high :].sum())
         config.append((low, high, inner))
     return jaxprs.bind(site.equation, vals, padding_config=tuple(config))

@@ -5,6 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from jax import lax
+
+_EXACT = 2**53  # integers up to here are in 64 bits of a float
 
 # Of two operands, or of one and the equation's params: see `evaluate`.
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -71,38 +74,51 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 
 def evaluate(
-    primitive: str, params: dict[str, Any], operands: list[float]
+    primitive: str, params: dict[str, Any], operands: list[float], dtype: Any
 ) -> float | None:
     """What an operation gives for numbers, up to rounding; None if that is not known.
 
     Only whether the result is zero, one or not finite is relied on where operands are
     0; other numbers are followed as far as they are exact in 64 bits.
+
+    Args:
+      primitive: name of the operation.
+      params: of the equation.
+      operands: what they are.
+      dtype: of the result.
     """
+    kind = dtype.kind if isinstance(dtype, np.dtype) else "f"
     with np.errstate(all="ignore"):
-        if primitive == "integer_pow":
-            return float(np.power(float(operands[0]), params["y"]))
-        if primitive == "convert_element_type":
-            kind = np.dtype(params["new_dtype"]).kind if _plain(params) else "f"
-            x = operands[0]
-            if kind == "b":
-                return float(x != 0)
-            return float(math.trunc(x)) if kind in "iu" and math.isfinite(x) else x
-        if primitive == "round":
-            return float(np.round(operands[0]))
-        if primitive == "reduce_precision":
-            return operands[0] if operands[0] == 0 else None
-        function = _FUNCTIONS.get(primitive)
-        if function is None:
-            return None
         try:
-            return float(function(*map(float, operands)))
+            result = _float(primitive, params, list(map(float, operands)), kind)
         except (ValueError, OverflowError, ZeroDivisionError):
-            return math.nan
+            result = math.nan
+    if result is None or kind not in "iu":
+        return result
+    info = np.iinfo(dtype)
+    fits = max(info.min, -_EXACT) <= result <= min(info.max, _EXACT)
+    return float(math.trunc(result)) if fits else None  # others wrap around
 
 
-def _plain(params: dict[str, Any]) -> bool:
-    try:
-        np.dtype(params["new_dtype"])
-    except TypeError:
-        return False
-    return True
+def _float(
+    primitive: str, params: dict[str, Any], operands: list[float], kind: str
+) -> float | None:
+    if primitive == "integer_pow":
+        return float(np.power(operands[0], params["y"]))
+    if primitive == "convert_element_type":
+        return float(operands[0] != 0) if kind == "b" else operands[0]
+    if primitive == "round":
+        return _rounded(operands[0], params["rounding_method"])
+    if primitive == "reduce_precision":
+        return operands[0] if operands[0] == 0 else None
+    if primitive == "or" and kind != "b":
+        return float(int(operands[0]) | int(operands[1]))
+    function = _FUNCTIONS.get(primitive)
+    return None if function is None else float(function(*operands))
+
+
+def _rounded(x: float, method: Any) -> float:
+    if method == lax.RoundingMethod.TO_NEAREST_EVEN or not math.isfinite(x):
+        return float(np.round(x))
+    whole = math.trunc(x)
+    return whole + math.copysign(abs(x - whole) >= 0.5, x)

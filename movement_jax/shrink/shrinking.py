@@ -14,8 +14,10 @@ from movement_jax.shrink import analysis, dims
 from movement_jax.shrink.analysis import Analysis
 from movement_jax.shrink.dims import Atom
 from movement_jax.shrink.finding import find_groups
+from movement_jax.shrink.flows import Exactness, Flow
 from movement_jax.shrink.plan import Plan
 from movement_jax.shrink.rewriting import Cutter
+from movement_jax.shrink.rules import Axes
 
 
 def shrunk(
@@ -56,17 +58,54 @@ def shrunk(
       >>> small(plan.shrink(params), jnp.ones((5, 3)))[0]
       Array([3.], dtype=float32)
     """
-    if not isinstance(plan, Plan):
-        raise ValueError(
-            f"`plan` must be a `Plan`, got {type(plan).__name__}. Write "
-            "`shrunk(fn, groups.plan(keep))`."
-        )
+    _check_plan("shrunk", plan)
 
     @functools.wraps(fn)
     def small(params: Any, *inputs: Any) -> Any:
         return _prepare(fn, plan, params, inputs, allow_inexact).run(params, inputs)
 
     return small
+
+
+def cut(
+    fn: Callable[..., Any],
+    params: Any,
+    plan: Plan | Mapping[str, Any],
+    *inputs: Any,
+    verified: bool = True,
+    rtol: float | None = None,
+) -> tuple[Any, Callable[..., Any]]:
+    """Cuts params and function in one call, and checks that nothing else has changed.
+
+    Args:
+      fn: pure function of params and further arguments.
+      params: the original params, masked or not.
+      plan: a plan, or a keep of ``find_groups(fn, params, *inputs)``.
+      *inputs: further arguments of ``fn``, better random than zeros or ones.
+      verified: whether :func:`verify` runs first. An inexact plan never passes it.
+      rtol: of :func:`verify`.
+
+    Returns:
+      ``plan.shrink(params)`` and ``shrunk(fn, plan)``.
+
+    Raises:
+      ValueError: as :func:`verify` does.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from movement_jax import shrink
+      >>> def model(params, x):
+      ...     return jax.nn.gelu(x @ params["up"]) @ params["down"]
+      >>> params = {"up": jnp.eye(3, 4), "down": jnp.ones((4, 2))}
+      >>> keep = {"up:1": jnp.array([True, False, True, False])}
+      >>> small, fast = shrink.cut(model, params, keep, jnp.ones((5, 3)))
+      >>> small["up"].shape, jax.jit(fast)(small, jnp.ones((7, 3))).shape
+      ((3, 2), (7, 2))
+    """
+    plan = _planned("cut", fn, params, plan, inputs)
+    if verified:
+        verify(fn, params, plan, *inputs, rtol=rtol)
+    return plan.shrink(params), shrunk(fn, plan, allow_inexact=plan.inexact)
 
 
 def verify(
@@ -98,8 +137,8 @@ def verify(
       The differences; with ``rebuilt``, those of it.
 
     Raises:
-      ValueError: if a result differs by more, or ``rebuilt`` returns another tree or
-        other shapes.
+      ValueError: if a result differs by more, if no number in the results is finite,
+        or if ``rebuilt`` returns another tree or other shapes.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -111,14 +150,12 @@ def verify(
       >>> shrink.verify(model, params, keep, jnp.ones((5, 3))).worst < 1e-6
       True
     """
-    if isinstance(plan, Mapping):
-        plan = find_groups(fn, params, *inputs).plan(plan)
+    plan = _planned("verify", fn, params, plan, inputs)
     masked, small = plan.mask(params), plan.shrink(params)
     made = _prepare(fn, plan, small, inputs, plan.inexact)
     want = jax.tree.leaves(jax.jit(fn)(masked, *inputs))
     got = jax.jit(lambda p, *i: made.run(p, i))(small, *inputs)
-    results = made.analysis.frame.results
-    want = [made.cutter.take(x, axes) for x, axes in zip(want, results)]
+    want = [made.cutter.take(x, axes) for x, axes in zip(want, made.results)]
     names, shapes = made.analysis.out_names, jax.tree.map(jnp.shape, got)
     found = _compared(
         names,
@@ -146,6 +183,23 @@ def verify(
         "What it takes from its own sizes has changed: `1 / sqrt(head_dim)`, means "
         "under a LayerNorm, positions. Run `shrunk(fn, plan)`, which keeps the old.",
     )
+
+
+def _planned(
+    name: str, fn: Callable[..., Any], params: Any, plan: Any, inputs: Sequence[Any]
+) -> Plan:
+    if isinstance(plan, Mapping):
+        return find_groups(fn, params, *inputs).plan(plan)
+    _check_plan(name, plan)
+    return plan
+
+
+def _check_plan(name: str, plan: Any) -> None:
+    if not isinstance(plan, Plan):
+        raise ValueError(
+            f"`plan` must be a `Plan`, got {type(plan).__name__}. Write "
+            f"`{name}(fn, groups.plan(keep), ...)`."
+        )
 
 
 def _compared(
@@ -180,6 +234,12 @@ def _compared(
                 f"{what}: result {name!r} differs by {off:.3g}, where the largest is "
                 f"{scale:.3g}. {hint}"
             )
+    inexact = [x for x in want if jnp.issubdtype(x.dtype, jnp.inexact) and x.size]
+    if inexact and not any(bool(jnp.any(jnp.isfinite(x))) for x in inexact):
+        raise ValueError(
+            "`verify` has nothing to compare: with these params and inputs the masked "
+            "model returns no finite number."
+        )
     return found
 
 
@@ -206,10 +266,16 @@ class Verified:
 class _Prepared:
     analysis: Analysis
     cutter: Cutter
+    results: list[Axes]
 
     def run(self, params: Any, inputs: Any) -> Any:
         args = jax.tree.leaves((params, list(inputs)))
         outs = self.cutter.run(self.analysis.frame, args)
+        own = self.analysis.frame.results
+        outs = [
+            x if before is after else self.cutter.take(x, after)
+            for x, before, after in zip(outs, own, self.results)
+        ]
         return self.analysis.out_tree.unflatten(outs)
 
 
@@ -219,8 +285,11 @@ def _prepare(
     plan.check_small(params)
     found = analysis.analyse(fn, _dense(plan, params), inputs)
     keep = _projected(plan, found)
-    _check_allowed(found, keep, allow_inexact)
-    return _Prepared(found, Cutter(keep))
+    exact, results = found.follow()
+    if not allow_inexact:
+        _check_exact(found, exact, keep)
+    cutter = Cutter(keep)
+    return _Prepared(found, cutter, _results(plan, found, cutter, results))
 
 
 def _dense(plan: Plan, params: Any) -> Any:
@@ -264,12 +333,9 @@ def _projected(plan: Plan, found: Analysis) -> dict[Atom, np.ndarray]:
     return keep
 
 
-def _check_allowed(
-    found: Analysis, keep: dict[Atom, np.ndarray], allow_inexact: bool
+def _check_exact(
+    found: Analysis, exact: Exactness, keep: dict[Atom, np.ndarray]
 ) -> None:
-    if allow_inexact:
-        return
-    exact = found.exactness()
     for leaf, stays in keep.items():
         if not (exact.units(leaf) | stays).all():
             named = zip(found.names, found.axes)
@@ -279,6 +345,24 @@ def _check_allowed(
                 f"when their weights are zero: {exact.why[leaf]}. Pass "
                 "`allow_inexact=True` to run it all the same."
             )
+
+
+def _results(
+    plan: Plan, found: Analysis, cutter: Cutter, known: Sequence[Flow]
+) -> list[Axes]:
+    """Layouts of the results; of a gradient that is 0 everywhere, its parameter's.
+
+    Nothing that is computed ties such a gradient to the parameter.
+    """
+    params, out = dict(zip(found.names, found.axes)), []
+    owners = plan.owners(found.out_names)
+    for name, axes, flow in zip(found.out_names, found.frame.results, known):
+        own = owners.get(name)
+        alike = own is not None and tuple(map(dims.size, axes)) == plan.shapes[own]
+        if own is not None and alike and flow.value is not None:
+            axes = axes if cutter.is_cut(axes) else params[own]
+        out.append(axes)
+    return out
 
 
 def _tolerance(results: list[Any], rtol: float | None) -> float:

@@ -59,7 +59,8 @@ def _constant(value: Any) -> Flow:
     shape = np.shape(value)
     if jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended):
         return Flow()
-    if not 0 < math.prod(shape) <= _MOST_READ or value.dtype.kind == "c":
+    unread = value.dtype.kind == "c" or value.dtype == jax.dtypes.float0
+    if unread or not 0 < math.prod(shape) <= _MOST_READ:
         return Flow()
     array = np.asarray(value)
     first = array.reshape(-1)[0]

@@ -46,7 +46,7 @@ def _elementwise(
     values = [flow.value for flow in flows]
     numbers = [v for v in values if v is not None]
     if len(numbers) == len(values):
-        return [Flow(evaluate(name, site.params, numbers))]
+        return [Flow(evaluate(name, site.params, numbers, _dtype(site)))]
     if name == "mul" and 0 in numbers:
         return [Flow(0.0)]
     if name == "select_n" and values[1] is not None and len(set(values[1:])) == 1:
@@ -81,10 +81,14 @@ def _zero_units(
         if flow.value is None:
             known &= units
     zeros = [0.0 if flow.value is None else flow.value for flow in flows]
-    result = evaluate(name, site.params, zeros)
+    result = evaluate(name, site.params, zeros, _dtype(site))
     if result is not None and not math.isfinite(result):
         exact.divide(site, key[1], known)
     return known if result == 0 else None
+
+
+def _dtype(site: Site) -> Any:
+    return site.equation.outvars[0].aval.dtype
 
 
 def _dot_general(
@@ -244,11 +248,11 @@ def _pad(
                 dims.leaves(before[0][axis])
             ).count(leaf)
             zero[axis, leaf] = at & (filled.value == 0) if others else at
-        # Padding along another axis fills the positions of a unit as well.
-    padded = [low or high for low, high, _ in site.params["padding_config"]]
+    # Padding along another axis or inside of this one fills units as well.
+    config = list(enumerate(site.params["padding_config"]))
     if filled.value != 0:
         for key in list(zero):
-            if any(p for i, p in enumerate(padded) if i != key[0]):
+            if any(inner or i != key[0] and (a or b) for i, (a, b, inner) in config):
                 del zero[key]
     return [Flow(None, zero)]
 
@@ -260,6 +264,9 @@ def _gather(
     gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
     kept = [i for i in range(len(before[0])) if i not in gone]
     found = moved(flows[0], dict(zip(kept, numbers.offset_dims)))
+    # Filled in for indices out of bounds, at all units. NaN stays NaN either way.
+    if (filled := site.params["fill_value"]) is not None and abs(filled) > 0:
+        return [Flow()]
     return [restricted(Flow(None, found.zero), after[0])]
 
 

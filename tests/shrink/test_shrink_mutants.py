@@ -135,6 +135,8 @@ BETWEEN = {
     "gather": [
         (lambda h: h[ROWS], YES, NO),
         (lambda h: h[:, ROWS].sum() + h, PIN, PIN),
+        (lambda h: h.at[ROWS + 9].get(mode="fill", fill_value=0), YES, NO),
+        (lambda h: h.at[ROWS + 9].get(mode="fill", fill_value=1), NO, NO),
     ],
     "iota": [
         (lambda h: h + lax.broadcasted_iota(h.dtype, h.shape, 1), NO, NO),
@@ -145,6 +147,10 @@ BETWEEN = {
         (lambda h: jnp.pad(h, ((1, 0), (0, 0))), YES, NO),
         (lambda h: jnp.pad(h, ((0, 0), (1, 2))), YES, NO),
         (lambda h: jnp.pad(h, ((1, 0), (0, 0)), constant_values=1.0), NO, NO),
+        (lambda h: lax.pad(h, 1.0, ((0, 0, 1), (0, 0, 0))), NO, NO),
+        (lambda h: lax.pad(h, 0.0, ((0, 0, 0), (1, 1, 2))), YES, NO),
+        (lambda h: lax.pad(h, 1.0, ((0, 0, 0), (1, 1, 2))), NO, NO),
+        (lambda h: lax.pad(h, 0.0, ((0, 0, 0), (1, 1, 1))), PIN, PIN),
     ],
     "random_bits": [
         (lambda h: h + jax.random.bits(KEY, h.shape) / 2.0, NO, NO),

@@ -108,12 +108,24 @@ def test_plan_survives_json_and_refuses_what_is_none():
         shrink.shrunk(model, again)(again.shrink(PARAMS), X),
         shrink.shrunk(model, PLAN)(PLAN.shrink(PARAMS), X),
     )
-    for text in ("{}", "no json", json.dumps({"format": 99})):
-        with pytest.raises(ValueError, match="is no plan"):
+    for text, why in (
+        ("{}", "KeyError"),
+        ("no json", "JSONDecodeError"),
+        (json.dumps({"format": 99}), r"ValueError\('another format'"),
+    ):
+        with pytest.raises(ValueError, match=rf"`text` is no plan \({why}"):
             shrink.Plan.from_json(text)
     broken = json.loads(PLAN.to_json())
     broken["cuts"]["up"]["1"] = [0, 99]
-    with pytest.raises(ValueError, match="cannot keep"):
+    with pytest.raises(ValueError, match="no plan: axis 1 of 'up'.*cannot keep"):
+        shrink.Plan.from_json(json.dumps(broken))
+    for positions in (["0", "1"], [0.5, 1.5], "01"):
+        broken["cuts"]["up"]["1"] = positions
+        with pytest.raises(ValueError, match="is no plan"):
+            shrink.Plan.from_json(json.dumps(broken))
+    broken = json.loads(PLAN.to_json())
+    broken["shapes"]["up"] = [6.0, 8.0]
+    with pytest.raises(ValueError, match="is no plan"):
         shrink.Plan.from_json(json.dumps(broken))
 
 
@@ -185,6 +197,22 @@ def test_a_rebuilt_model_with_other_results_is_refused():
         shrink.verify(model, PARAMS, PLAN, X, rebuilt=lambda p, x: model(p, x)[:, :1])
 
 
+def test_a_cut_is_verified_unless_told_otherwise():
+    small, fast = shrink.cut(model, PARAMS, KEEP, X)
+    assert jax.tree.map(jnp.shape, small) == PLAN.small_shapes()
+    want = model(PLAN.mask(PARAMS), X)
+    np.testing.assert_allclose(jax.jit(fast)(small, X), want, rtol=1e-5)
+
+    found = shrink.find_groups(softmaxed, PARAMS, X)
+    inexact = found.plan(KEEP, allow_inexact=True)
+    with pytest.raises(ValueError, match="not the masked one"):
+        shrink.cut(softmaxed, PARAMS, inexact, X)
+    small, fast = shrink.cut(softmaxed, PARAMS, inexact, X, rtol=10.0)
+    assert fast(small, X).shape == (4, 3)
+    small, fast = shrink.cut(softmaxed, PARAMS, inexact, X, verified=False)
+    assert fast(small, X).shape == (4, 3)
+
+
 def test_layers_of_a_scan_lose_the_same_units():
     fn, params, inputs = zoo.gqa_decoder_scan()
     groups = shrink.find_groups(fn, params, *inputs)
@@ -233,6 +261,18 @@ def test_shrink_like_cuts_moments_masks_and_scores():
     )
 
 
+def test_shrink_like_tells_moments_from_params_of_the_same_name():
+    def fn(p, x):
+        return jax.nn.relu(x @ p["mu"]["w"]) @ p["w"]
+
+    params = {"mu": {"w": jnp.ones((6, 6))}, "w": jnp.ones((6, 6))}
+    plan = shrink.find_groups(fn, params, X).plan({"mu/w:1": np.arange(6) < 2})
+    state = plan.shrink_like(optax.chain(optax.adam(1e-3)).init(params))[0][0]
+    small = jax.tree.map(jnp.shape, plan.shrink(params))
+    assert small == {"mu": {"w": (6, 2)}, "w": (2, 6)}
+    assert jax.tree.map(jnp.shape, (state.mu, state.nu)) == (small, small)
+
+
 def test_shrink_like_refuses_factored_and_flattened_states():
     factored = optax.adafactor(1e-3, min_dim_size_to_factor=2).init(PARAMS)
     with pytest.raises(ValueError, match="the plan says"):
@@ -247,6 +287,13 @@ def float64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", before)
+
+
+@pytest.mark.usefixtures("float64")
+def test_scores_of_units_are_float32_everywhere():
+    for reduce in ("sum", "mean", "l2", "max"):
+        got = GROUPS.unit_scores(make(dtype=jnp.float64), reduce)
+        assert got["up:1"].dtype == jnp.float32
 
 
 def test_five_steps_after_the_cut_are_five_masked_steps(float64):
@@ -333,6 +380,12 @@ def test_groups_print_members_layout_and_reasons():
         assert part in text
 
 
+def test_a_group_that_is_none_is_told_from_those_there_are():
+    assert GROUPS["up:1"].name == "up:1"
+    with pytest.raises(KeyError, match="no group 'up'; there are .*'up:1'"):
+        GROUPS["up"]
+
+
 def test_pinned_by_name():
     groups = shrink.find_groups(model, PARAMS, X, pin="down:0")
     assert groups["up:1"].reason == "pinned by 'down:0'"
@@ -380,6 +433,27 @@ ERRORS = {
     "scope": (lambda: shrink.choose(GROUPS, {}, 0.5, scope="all"), "`scope` must be"),
     "round": (lambda: shrink.choose(GROUPS, {}, 0.5, round_to=0), "`round_to` must"),
     "unknown": (lambda: shrink.choose(GROUPS, {"x": X}, 0.5), "no prunable groups"),
+    "pattern of sparsity": (
+        lambda: shrink.choose(GROUPS, {"up:1": np.ones(8)}, {"(": 0.5}),
+        r"`sparsity` is no regular expression: '\('",
+    ),
+    "pattern of pin": (
+        lambda: shrink.find_groups(model, PARAMS, X, pin="("),
+        "`pin` is no regular expression",
+    ),
+    "pattern of only": (lambda: GROUPS.only("("), "`pattern` is no regular expression"),
+    "no plan to verify": (
+        lambda: shrink.verify(model, PARAMS, None, X),
+        "`plan` must be a `Plan`, got NoneType",
+    ),
+    "no plan to cut": (
+        lambda: shrink.cut(model, PARAMS, None, X),
+        r"`cut\(fn, groups.plan\(keep\), ...\)`",
+    ),
+    "nothing finite": (
+        lambda: shrink.verify(model, PARAMS, PLAN, X * jnp.nan),
+        "no finite number",
+    ),
     "no plan": (lambda: shrink.shrunk(model, KEEP), "`plan` must be a `Plan`"),
     "dense params": (
         lambda: shrink.shrunk(model, PLAN)(PARAMS, X),

@@ -39,6 +39,21 @@ def layer(middle, width=8, out=8):
     return lambda p, x: middle(x @ p["a"]) @ p["b"], weights((6, width), (out, 3))
 
 
+def half(n):
+    """0 if integers divided as floats do."""
+    n = lax.full((), n, jnp.int32)
+    return lax.div(n, jnp.int32(2)) * 2 - n
+
+
+def either(a, b):
+    return (lax.full((), a, jnp.int32) | b) - 1
+
+
+def below(n):
+    """0 if unsigned integers did not wrap around."""
+    return jnp.maximum(lax.full((), n, jnp.uint8) - jnp.uint8(1), jnp.uint8(0))
+
+
 # What is done to the units between the kernels -> what may be done with them.
 ELEMENTWISE = {
     "relu": (jax.nn.relu, "prunable"),
@@ -69,6 +84,17 @@ ELEMENTWISE = {
     "sum of exp": (lambda h: h / jnp.exp(h).sum(-1, keepdims=True), "inexact"),
     "sum of sigmoid": (lambda h: h + jax.nn.sigmoid(h).sum(-1)[:, None], "inexact"),
     "sum of one": (lambda h: h + (h + 1.0).sum(-1, keepdims=True), "inexact"),
+    "sum of 3 // 2": (lambda h: h + (h + half(3)).sum(-1)[:, None], "inexact"),
+    "sum of 4 | 1": (lambda h: h + (h + either(4, 1)).sum(-1)[:, None], "inexact"),
+    "sum of 0 - 1": (lambda h: h + (h + below(0)).sum(-1)[:, None], "inexact"),
+    "sum of round(0.5)": (
+        lambda h: h + (h + lax.round(lax.full((), 0.5))).sum(-1)[:, None],
+        "inexact",
+    ),
+    "a derivative of integers": (
+        lambda h: jax.jvp(lambda v: (v, jnp.int32(v)), (h,), (h,))[1][0],
+        "prunable",
+    ),
     "any": (lambda h: h * jnp.any(h > 0, -1, keepdims=True), "prunable"),
     "all": (lambda h: h * jnp.all(h > 0, -1, keepdims=True), "inexact"),
     "count >= 0": (lambda h: h * jnp.sum(h >= 0, -1, keepdims=True), "inexact"),
@@ -165,6 +191,21 @@ def test_every_second_position_is_one_of_a_pair():
     plan = groups.plan({"a:1[0]": np.array([True, False, False, True])})
     assert plan.cuts["a"] == {1: (0, 1, 6, 7)}
     assert shrink.verify(fn, params, plan, X).worst < 1e-5
+    grad = jax.grad(lambda p, x: jnp.sin(fn(p, x)).sum())
+    assert shrink.verify(grad, params, plan, X).worst < 1e-5
+
+
+def test_a_gradient_that_is_zero_everywhere_is_cut_like_its_parameter():
+    def loss(p, x):
+        codes = lax.stop_gradient(p["c"])  # as of a codebook that nothing trains
+        return jnp.sin(jax.nn.relu(x @ p["a"] + codes) @ p["b"]).sum()
+
+    params = weights((6, 8), (8, 3), (8,))
+    plan = shrink.find_groups(loss, params, X).plan({"a:1": np.arange(8) < 3})
+    grad = jax.jit(shrink.shrunk(jax.value_and_grad(loss), plan))
+    small = plan.shrink(params)
+    assert jax.tree.map(jnp.shape, grad(small, X)[1]) == jax.tree.map(jnp.shape, small)
+    assert shrink.verify(jax.grad(loss), params, plan, X).worst < 1e-5
 
 
 def test_unknown_primitives_pin_and_can_be_taught():

@@ -402,6 +402,20 @@ def wider():
     return params
 
 
+def enormous():
+    many = 2**16
+    shapes = {"a": (many, many, 2), "b": (2, 3)}
+    params = {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes.items()}
+    x = jax.ShapeDtypeStruct((1, many, many), jnp.float32)
+
+    def fn(p, x):
+        return jax.nn.relu(jnp.einsum("bij,ijk->bk", x, p["a"])) @ p["b"]
+
+    groups = shrink.find_groups(fn, params, x).only("a:2")
+    tx = mj.movement_pruning(None, mj.Magnitude(), structure=groups)
+    jax.eval_shape(tx.init, params)
+
+
 def pinned(p, x):
     return jnp.sort(x @ p["a"]["kernel"], -1)
 
@@ -434,7 +448,11 @@ ERRORS = {
         lambda: init({"params": PARAMS}, structure=GROUPS, prunable="."),
         "find the groups with the params that `tx.init` is given",
     ),
-    "another shape": (lambda: init(wider(), structure=GROUPS), r"have \(7, 12\)"),
+    "another shape": (
+        lambda: init(wider(), structure=GROUPS),
+        r"was found with 'a/kernel' of shape \(6, 12\), .* have \(7, 12\)",
+    ),
+    "units too large to count": (enormous, "one unit of more than 1073741824 weights"),
     "nothing to prune": (
         lambda: init(structure=shrink.find_groups(pinned, PARAMS, X)),
         "no group is prunable",
