@@ -6,55 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import _lm
-import flax
 import jax
 import numpy as np
-import optax
-from matplotlib.axes import Axes
+from _report import Grid, finish, new_axes, versions
 from matplotlib.figure import Figure
-from rich import box
-from rich.table import Table
 
 import movement_jax as mj
 
 _LOSS = "nats per byte"
-
-
-@dataclasses.dataclass(frozen=True)
-class Grid:
-    """A table, to be shown by rich or written as Markdown.
-
-    Attributes:
-      title: what it is.
-      head: names of the columns.
-      rows: cells; the first of each row is its name.
-      note: one sentence on how to read it.
-    """
-
-    title: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    note: str = ""
-
-    def __rich__(self) -> Table:
-        table = Table(
-            title=self.title,
-            caption=self.note or None,
-            box=box.SIMPLE_HEAD,
-            title_justify="left",
-            caption_justify="left",
-        )
-        for i, name in enumerate(self.head):
-            table.add_column(name, justify="right" if i else "left", no_wrap=not i)
-        for row in self.rows:
-            table.add_row(*row)
-        return table
-
-    def markdown(self) -> str:
-        """The same as Markdown."""
-        lines = [self.head, ["---", *["---:"] * (len(self.head) - 1)], *self.rows]
-        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        return "\n\n".join(filter(None, (f"**{self.title}**", table, self.note)))
 
 
 def setting_of(
@@ -72,8 +31,7 @@ def setting_of(
         "parameters": size(params),
         "prunable": size(weights),
         "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
-        "versions": f"jax {jax.__version__}, flax {flax.__version__}, "
-        f"optax {optax.__version__}",
+        "versions": versions(),
         "train_files": text.files[0],
         "train_bytes": len(text.train),
         "validation_files": text.files[1],
@@ -284,17 +242,17 @@ def draw(
         figure.savefig(out / f"{name}.png")
         pictures[f"{name}.png"] = caption
 
-    ax = _new_axes()
+    ax = new_axes()
     for name, row in results["loss"].items():
         x = [float(level) for level in row]
         y = [cell["mean"] for cell in row.values()]
         # Some curves lie on that of magnitude: a wide band shows below them.
         wide = {"lw": 7, "alpha": 0.25} if name.startswith("magnitude") else {}
         ax.plot(x, y, _style(name), ms=4, label=name, **wide)
-    _finish(ax, "sparsity", f"validation loss, {_LOSS}", "One-shot pruning")
+    finish(ax, "sparsity", f"validation loss, {_LOSS}", "One-shot pruning")
     save(ax.figure, "loss", "Validation loss after one-shot pruning")
 
-    ax = _new_axes()
+    ax = new_axes()
     for name, row in results["agreement"].items():
         x = [float(level) for level in row]
         ax.plot(
@@ -307,15 +265,15 @@ def draw(
     chance = [cell["total"]["chance"] for cell in row.values()]
     ax.fill_between(x, 0, chance, color="0.85", lw=0, label="below chance")
     ax.set_ylim(0, 1.02)
-    _finish(ax, "sparsity", "Jaccard index", "Agreement with magnitude pruning")
+    finish(ax, "sparsity", "Jaccard index", "Agreement with magnitude pruning")
     save(ax.figure, "agreement", "Agreement with magnitude, all criteria")
 
-    ax = _new_axes()
+    ax = new_axes()
     steps, losses, validation = zip(*results["curve"])
     ax.plot(steps[1:], losses[1:], "o-", ms=4, label="training (mean of a tenth)")
     ax.plot(steps, validation, "o-", ms=4, label="validation")
     ax.axhline(results["counting"]["bigram"], color="0.5", ls=":", label="byte pairs")
-    _finish(ax, "step", f"loss, {_LOSS}", "Training")
+    finish(ax, "step", f"loss, {_LOSS}", "Training")
     save(ax.figure, "training", "Training")
 
     for name, state in states.items():
@@ -376,20 +334,7 @@ def write(
     path.write_text("\n\n".join(parts) + "\n")
 
 
-def _new_axes() -> Axes:
-    return Figure(figsize=(7.6, 4.2), dpi=150, layout="constrained").add_subplot()
-
-
 def _style(name: str) -> str:
     if name.startswith("magnitude"):
         return "ko-"
     return "s--" if name.startswith(("movement", "Taylor")) else "o-"
-
-
-def _finish(ax: Axes, x: str, y: str, title: str) -> None:
-    ax.set_xlabel(x)
-    ax.set_ylabel(y)
-    ax.set_title(title, fontsize="medium")
-    ax.grid(lw=0.5, alpha=0.4)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))

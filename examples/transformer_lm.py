@@ -19,7 +19,7 @@ import pathlib
 import shutil
 import sys
 import time
-from typing import Any, ClassVar
+from typing import Any
 
 import _lm
 import _lm_report as report
@@ -55,40 +55,6 @@ PICTURED = (CHAPTER, "EMA half-life 100 %", "movement (Adam)")
 console = Console(width=None if sys.stdout.isatty() else 130)
 
 
-@dataclasses.dataclass(frozen=True)
-class PeakMagnitude:
-    r"""Largest magnitude a weight has had, slowly forgotten.
-
-    :math:`P \leftarrow \max(\gamma P, |W|)`: a weight that spiked and fell back keeps
-    a high score, which a running average promises but does not do. It is also all it
-    takes to write a criterion.
-
-    Attributes:
-      half_life: steps in which a peak fades to half, :math:`\gamma = 2^{-1/h}`.
-    """
-
-    half_life: float
-    needs_gradients: ClassVar[bool] = False  # `inner=` is not needed
-    accumulates: ClassVar[bool] = True  # meaningless before the first step
-
-    def init(self, params: Any) -> Any:
-        """Nothing seen yet."""
-        return jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), params)
-
-    def update(self, state: Any, *, params: Any, grads: Any, new_params: Any) -> Any:
-        """Lets the peaks fade by one step and looks at the new weights."""
-        del params, grads
-        fade = 0.5 ** (1 / self.half_life)
-        return jax.tree.map(
-            lambda p, w: jnp.maximum(fade * p, jnp.abs(w)), state, new_params
-        )
-
-    def scores(self, state: Any, params: Any) -> Any:
-        """The peaks."""
-        del params
-        return state
-
-
 def watching(steps: int) -> dict[str, mj.Criterion]:
     """What watches the run beside the criterion in the optimizer."""
     return {
@@ -96,7 +62,7 @@ def watching(steps: int) -> dict[str, mj.Criterion]:
         "EMA half-life 10 %": mj.EmaMagnitude(half_life=0.1 * steps),
         "EMA half-life 50 %": mj.EmaMagnitude(half_life=0.5 * steps),
         "EMA half-life 100 %": mj.EmaMagnitude(half_life=1.0 * steps),
-        "peak half-life 50 %": PeakMagnitude(half_life=0.5 * steps),
+        "peak half-life 50 %": mj.PeakMagnitude(half_life=0.5 * steps),
         "movement (Adam)": mj.Movement(),
         "movement (plain sum)": mj.Movement(optax.sgd(1.0)),
         "Taylor": mj.Taylor(momentum=0.9),

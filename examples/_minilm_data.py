@@ -1,0 +1,212 @@
+"""Labelled sentences: from TSV files, or made of the standard library's docstrings."""
+
+import ast
+import csv
+import dataclasses
+import gzip
+import inspect
+import pathlib
+import re
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+
+import _lm
+import numpy as np
+from _minilm import pad
+
+EMBEDDED = "word order"
+_WINDOW = 64  # batches whose sentences are sorted by length together
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Sentences and their labels.
+
+    Attributes:
+      tokens: of every sentence, without padding.
+      labels: shape ``(sentences,)``, int32.
+    """
+
+    tokens: Sequence[Sequence[int]]
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is learned.
+
+    Attributes:
+      name: of the task.
+      classes: names of the labels.
+      train: to train on.
+      dev: to try settings on.
+      test: to report.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    dev: Split
+    test: Split
+
+
+Pairs = list[tuple[str, str]]
+Tokenize = Callable[[Sequence[str]], list[list[int]]]
+
+
+def read_task(
+    tokenize: Tokenize,
+    name: str | None = None,
+    train: pathlib.Path | None = None,
+    dev: pathlib.Path | None = None,
+    test: pathlib.Path | None = None,
+) -> Task:
+    """Reads TSV files, or makes the embedded task if none is given.
+
+    Without ``test`` the ``dev`` file is both.
+    """
+    if train is None or dev is None:
+        if train or dev or test:
+            raise SystemExit("Give `--train` and `--dev`, or no file.")
+        parts = dict(zip(("train", "dev", "test"), word_order()))
+        name = name or EMBEDDED
+    else:
+        parts = {"train": read_tsv(train), "dev": read_tsv(dev)}
+        parts["test"] = read_tsv(test) if test else parts["dev"]
+        name = name or train.parent.name or train.name
+    classes = tuple(sorted({label for _, label in parts["train"]}))
+    number = {label: i for i, label in enumerate(classes)}
+
+    def split(pairs: Pairs) -> Split:
+        unknown = {label for _, label in pairs} - set(classes)
+        if unknown:
+            raise SystemExit(f"Labels that are not trained on: {sorted(unknown)[:5]}.")
+        labels = np.array([number[label] for _, label in pairs], np.int32)
+        return Split(tokenize([sentence for sentence, _ in pairs]), labels)
+
+    return Task(name, classes, **{part: split(pairs) for part, pairs in parts.items()})
+
+
+def read_tsv(path: pathlib.Path) -> Pairs:
+    """Reads ``sentence<TAB>label`` under one header line; ``.gz`` too."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8", newline="") as lines:
+        rows = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))[1:]
+    for i, row in enumerate(rows, 2):
+        if len(row) != 2:
+            raise SystemExit(f"{path}, line {i}: wanted sentence<TAB>label, got {row}.")
+    return [(sentence, label) for sentence, label in rows]
+
+
+def word_order(seed: int = 0) -> tuple[Pairs, Pairs, Pairs]:
+    """Is this sentence as it was written, or did two neighbouring words change places?
+
+    Every sentence of the standard library's docstrings occurs once as it is and once
+    changed, so that the words alone say nothing: what is learned is in the encoder.
+
+    Returns:
+      Labelled sentences to train, to try and to test on; both forms of a sentence are
+      in the same part.
+    """
+    text = _lm.read_standard_library()
+    rng = np.random.default_rng(seed)
+
+    def both(sentences: Sequence[str]) -> Pairs:
+        pairs = []
+        for sentence in sentences:
+            words = sentence.split(" ")
+            # The last word ends with a full stop, which would tell.
+            places = [
+                i
+                for i in range(len(words) - 2)
+                if words[i].lower() != words[i + 1].lower()
+            ]
+            i = int(rng.choice(places))
+            words[i : i + 2] = words[i + 1], words[i]
+            pairs += [(sentence, "written"), (" ".join(words), "changed")]
+        return pairs
+
+    parts: tuple[list[str], ...] = ([], [], [])
+    for sentence in _sentences(np.concatenate([text.train, text.validation])):
+        # By its letters, so that adding a sentence moves no other.
+        eighth = zlib.crc32(sentence.encode()) % 8
+        parts[(1, 2)[eighth] if eighth < 2 else 0].append(sentence)
+    train, dev, test = map(both, parts)
+    return train, dev, test
+
+
+def _sentences(source: np.ndarray) -> list[str]:
+    """Plain sentences of 6 to 24 words from the docstrings of files, each once."""
+    found: dict[str, None] = {}
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for file in source.tobytes().split(b"\n\x00"):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of old escapes in strings
+                nodes = ast.walk(ast.parse(file))
+        except (SyntaxError, ValueError):
+            continue
+        for node in nodes:
+            docstring = isinstance(node, kinds) and ast.get_docstring(node)
+            for paragraph in (docstring or "").split("\n\n"):
+                flat = re.sub(r"\s+", " ", inspect.cleandoc(paragraph)).strip()
+                for sentence in re.findall(r"(?:^|(?<=\. ))[A-Z][^.]*\.(?= |$)", flat):
+                    plain = re.fullmatch(r"[A-Za-z ,;'()-]+\.", sentence)
+                    if plain and 6 <= sentence.count(" ") + 1 <= 24:
+                        found[sentence] = None
+    return list(found)
+
+
+def steps_per_epoch(split: Split, batch: int) -> int:
+    """Batches of one pass; what is left over waits for another shuffle."""
+    return len(split) // batch
+
+
+def batches(
+    split: Split, batch: int, seed: int, first: int, steps: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Batches for the steps from ``first`` on, each of sentences of like length.
+
+    What a step is given depends on the seed and on its number alone, so that a run
+    that was killed goes on with what it would have seen.
+
+    Yields:
+      Indices ``(batch,)`` and padded tokens ``(batch, length)``.
+    """
+    per_epoch = steps_per_epoch(split, batch)
+    if not per_epoch:
+        raise SystemExit(f"`--batch` is {batch}, of {len(split)} training sentences.")
+    lengths = np.array([len(row) for row in split.tokens])
+    order, epoch = np.empty(0), -1
+    for step in range(first, steps):
+        if step // per_epoch != epoch:
+            epoch = step // per_epoch
+            order = _shuffled(lengths, batch, np.random.default_rng([seed, epoch]))
+        chosen = order[step % per_epoch]
+        yield chosen, pad([split.tokens[i] for i in chosen])
+
+
+def _shuffled(lengths: np.ndarray, batch: int, rng: np.random.Generator) -> np.ndarray:
+    """Batches of indices. Shape ``(batches, batch)``."""
+    order = rng.permutation(len(lengths))
+    for start in range(0, len(order), _WINDOW * batch):
+        window = order[start : start + _WINDOW * batch]
+        window[:] = window[np.argsort(lengths[window], kind="stable")]
+    order = order[: len(order) // batch * batch].reshape(-1, batch)
+    return rng.permutation(order)
+
+
+def in_order(split: Split, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """All sentences by length; of the last batch some come again.
+
+    Yields:
+      Indices ``(batch,)`` and padded tokens ``(batch, length)``.
+    """
+    order = np.argsort([len(row) for row in split.tokens], kind="stable")
+    order = np.resize(order, -(-len(order) // batch) * batch)
+    for chosen in order.reshape(-1, batch):
+        yield chosen, pad([split.tokens[i] for i in chosen])
