@@ -22,6 +22,7 @@ from movement_jax.dynamics import (
 )
 from movement_jax.findings import Finding, Health, TensorHealth
 from movement_jax.fingerprint import assert_same_everywhere, fingerprint
+from movement_jax.growth import SET, GrowthState, RigL
 from movement_jax.health import health
 from movement_jax.prune import (
     apply_masks,
@@ -58,6 +59,7 @@ __all__ = [
     "Finding",
     "Fisher",
     "Global",
+    "GrowthState",
     "Health",
     "Magnitude",
     "MagnitudeMoments",
@@ -70,7 +72,9 @@ __all__ = [
     "Polynomial",
     "PruningConfig",
     "Random",
+    "RigL",
     "RoundedScores",
+    "SET",
     "Sensitivity",
     "SensitivityMoments",
     "SoftMovement",

@@ -86,3 +86,11 @@ def check_fraction(name: str, value: Any) -> None:
         raise TypeError(f"`{name}` must be a number in [0, 1), got {value!r}.")
     if not 0 <= value < 1:
         raise ValueError(f"`{name}` must be in [0, 1), got {value}.")
+
+
+def check_seed(value: Any) -> None:
+    """Refuses what is no integer."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(
+            f"`seed` must be an integer, got {value!r}. For example `seed=0`."
+        )

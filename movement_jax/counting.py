@@ -150,6 +150,12 @@ def tally(
     return tuple(_reduce(ones, [0] * len(ones), jnp.add, axes))
 
 
+def count_kept(kept: Sequence[jax.Array], tensors: Sequence[Tensor]) -> jax.Array:
+    """How many entries of every segment masks keep. Shape ``(segments,)``, int32."""
+    pairs = zip(kept, tensors)
+    return jnp.concatenate([_sums([mask, ~mask], tensor)[0] for mask, tensor in pairs])
+
+
 def anywhere(predicates: Sequence[jax.Array]) -> list[jax.Array]:
     """Whether each of several predicates holds anywhere, in one pass over them all.
 

@@ -35,6 +35,11 @@ class Criterion(Protocol):
     ``target(state)``, a :class:`movement_jax.schedules.Target`, and ``due(step)``,
     whether masks change. It takes the place of a schedule, and needs
     ``regrow=True`` and single weights.
+
+    One that drops and grows has two others: ``exchange(step)``, the fraction of the
+    kept weights that change places at a step, 0 at most of them, and ``growth(state,
+    params, grads)``, one float per weight: of those that are off, the highest grow. The
+    lowest magnitudes make way for them. It needs ``inner=``, and no ``regrow``.
     """
 
     def init(self, params: Any) -> Any:
@@ -156,7 +161,7 @@ class Magnitude:
     def scores(self, state: Any, params: Any) -> Any:
         """``|W|`` in float32."""
         del state
-        return jax.tree.map(lambda weight: jnp.abs(f32(weight)), params)
+        return magnitude(params)
 
 
 class MovementScores(NamedTuple):
@@ -316,10 +321,7 @@ class Random:
 
     def __post_init__(self) -> None:
         arguments.make_plain(self, "seed")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise TypeError(
-                f"`seed` must be an integer, got {self.seed!r}. For example `Random(0)`"
-            )
+        arguments.check_seed(self.seed)
 
     def init(self, params: Any) -> Any:
         """No state."""
@@ -334,13 +336,7 @@ class Random:
     def scores(self, state: Any, params: Any) -> Any:
         """Uniform noise in [0, 1)."""
         del state
-
-        def noise(path: Any, weight: jax.Array) -> jax.Array:
-            name = _tree.path_name(path).encode()
-            key = jax.random.fold_in(jax.random.key(self.seed), zlib.crc32(name))
-            return _noise_like(key, weight)
-
-        return jax.tree_util.tree_map_with_path(noise, params)
+        return seeded_noise(jax.random.key(self.seed), params)
 
 
 def resolve_optimizer(criterion: Any) -> None:
@@ -381,6 +377,21 @@ def optimizer_of(criterion: Any) -> optax.GradientTransformation:
 def zeros(params: Any) -> Any:
     """Zeros like ``params``, float32."""
     return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), params)
+
+
+def magnitude(params: Any) -> Any:
+    """The magnitude of every entry, float32."""
+    return jax.tree.map(lambda weight: jnp.abs(f32(weight)), params)
+
+
+def seeded_noise(key: jax.Array, params: Any) -> Any:
+    """Uniform noise in [0, 1) like ``params``, float32, by key, path and index."""
+
+    def noise(path: Any, weight: jax.Array) -> jax.Array:
+        name = _tree.path_name(path).encode()
+        return _noise_like(jax.random.fold_in(key, zlib.crc32(name)), weight)
+
+    return jax.tree_util.tree_map_with_path(noise, params)
 
 
 @jax.jit  # which takes the devices from `weight`; the draw alone has none

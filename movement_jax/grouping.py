@@ -66,7 +66,8 @@ def spread(groups: jax.Array, block: tuple[int, ...], like: jax.Array) -> jax.Ar
     """
     if math.prod(block) == 1:
         return groups
-    for axis, (b, d) in enumerate(zip(block, like.shape)):
+    # The last axis first: while there are few rows, since it is split at a price.
+    for axis, (b, d) in reversed(list(enumerate(zip(block, like.shape)))):
         if b > 1 and groups.shape[axis] > 1:
             groups = jnp.expand_dims(groups, axis + 1)
             shape = (*groups.shape[: axis + 1], b, *groups.shape[axis + 2 :])
@@ -146,23 +147,22 @@ def _by_parts(
 
 
 def _any(mask: jax.Array, block: tuple[int, ...]) -> jax.Array:
-    split, axes = _split(mask, block)
     # Of bools, XLA for TPU would first store a copy in another layout.
-    return jnp.max(split.astype(jnp.float32), axis=axes) > 0
+    number = mask.astype(jnp.float32)
+    (found,) = _fold(lambda a, b: (lax.max(*a, *b),), (number,), block)
+    return found > 0
 
 
 def _score(x: jax.Array, block: tuple[int, ...], reduce: Reduce) -> jax.Array:
     members = math.prod(block)
     if members == 1:
         return x
-    x, axes = _split(x, block)
     finite = jnp.isfinite(x)
     real = jnp.where(finite & (jnp.abs(x) >= np.finfo(np.float32).tiny), x, 0)
-    top, special = lax.reduce(  # of zeros, infinities and NaN the order is free
-        (jnp.abs(real), jnp.where(finite, 0, x)),
-        (np.float32(0), np.float32(0)),
+    top, special = _fold(  # of zeros, infinities and NaN the order is free
         lambda a, b: (lax.max(a[0], b[0]), a[1] + b[1]),
-        axes,
+        (jnp.abs(real), jnp.where(finite, 0, x)),
+        block,
     )
     exponent = jnp.maximum(lax.bitcast_convert_type(top, jnp.int32) >> 23, 1)
 
@@ -170,16 +170,15 @@ def _score(x: jax.Array, block: tuple[int, ...], reduce: Reduce) -> jax.Array:
     widths = [_LIMB - 2 - bits]  # members are below 4 in their unit
     while sum(widths) < _LEAST_BITS:
         widths.append(_LIMB - bits)
-    rest, limbs = real * jnp.expand_dims(_power_of_two(128 - exponent), axes), []
+    rest, limbs = real * _power_of_two(128 - spread(exponent, block, x)), []
     for width in widths:
         rest *= np.float32(2.0**width)
         limbs.append(jnp.trunc(rest))
         rest -= limbs[-1]
-    sums = lax.reduce(
-        tuple(limb.astype(jnp.int32) for limb in limbs),
-        (np.int32(0),) * len(limbs),
+    sums = _fold(
         lambda a, b: tuple(p + q for p, q in zip(a, b)),
-        axes,
+        tuple(limb.astype(jnp.int32) for limb in limbs),
+        block,
     )
     total, unit = jnp.zeros_like(top), sum(widths)
     for limb, width in zip(reversed(sums), reversed(widths)):
@@ -191,14 +190,30 @@ def _score(x: jax.Array, block: tuple[int, ...], reduce: Reduce) -> jax.Array:
     return total * np.float32(0.5) * _power_of_two(exponent - 127) + special
 
 
-def _split(x: jax.Array, block: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:
-    """Splits every axis into whole blocks; the array, and its axes within them."""
-    axes: list[int] = []
-    for axis in reversed(range(x.ndim)):
-        if block[axis] > 1:
-            x = _split_axis(x, axis, block[axis])
-            axes = [axis + 1, *(a + 1 for a in axes)]
-    return x, tuple(axes)
+def _fold(
+    join: Callable[[Any, Any], Any], xs: tuple[jax.Array, ...], block: tuple[int, ...]
+) -> tuple[jax.Array, ...]:
+    """Reduces whole blocks. The order must not matter to ``join``."""
+    zeros = tuple(np.zeros((), x.dtype) for x in xs)
+
+    def by_axis(*xs: jax.Array) -> tuple[jax.Array, ...]:
+        for axis, b in enumerate(block):
+            if b > 1:
+                parts = tuple(_split_axis(x, axis, b) for x in xs)
+                xs = lax.reduce(parts, zeros, join, (axis + 1,))
+        return xs
+
+    def at_once(*xs: jax.Array) -> tuple[jax.Array, ...]:
+        axes: list[int] = []
+        for axis in reversed(range(len(block))):
+            if block[axis] > 1:
+                xs = tuple(_split_axis(x, axis, block[axis]) for x in xs)
+                axes = [axis + 1, *(a + 1 for a in axes)]
+        return lax.reduce(xs, zeros, join, axes)
+
+    # Once the last axis is split, a TPU stores a tile of 128 for every block along it;
+    # by then little should be left. A CPU reads rows faster than columns.
+    return lax.platform_dependent(*xs, cpu=at_once, default=by_axis)
 
 
 def _split_axis(x: jax.Array, axis: int, size: int) -> jax.Array:

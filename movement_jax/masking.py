@@ -72,7 +72,7 @@ def on_schedule(
         before = state._replace(masks=masks, thresholds=thresholds)
         new, thresholds = change_masks(before, weights, target, starts)
         if seen_alive is None:
-            churn = _churn(masks, new, state.config.axis_name)
+            churn = churn_of(masks, new, state.config.axis_name)
         else:
             now = position.total(new, weights, state.config.axis_name)
             alive = position.after_change(alive, seen_alive, now)
@@ -312,8 +312,11 @@ def _dropped_fraction(masks: Any, axis_name: tuple[str, ...]) -> jax.Array:
     return dropped / jnp.maximum(total, 1)
 
 
-def _churn(old: Any, new: Any, axis_name: tuple[str, ...]) -> jax.Array:
-    """Fraction of the weights that changed places: one dropped, another revived."""
+def churn_of(old: Any, new: Any, axis_name: tuple[str, ...]) -> jax.Array:
+    """Fraction of the weights that changed places: one dropped, another revived.
+
+    Shape ``()``, float32.
+    """
     dropped = revived = total = jnp.float32(0)
     for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new)):
         axes = counting.split_axes(a, axis_name)

@@ -60,7 +60,8 @@ class Events(NamedTuple):
         [0, 1], or nothing was scored. Shape ``()``, int32.
       changes: times the masks changed. Shape ``()``, int32.
       churn: fraction of the weights whose mask flipped at the last change beyond what
-        the change of sparsity explains. 0 unless ``regrow``. Shape ``()``, float32.
+        the change of sparsity explains. 0 unless ``regrow``, or the criterion lets
+        weights grow. Shape ``()``, float32.
       undone: times that pruned weights were alive again after an update had sent them
         to zero, because something follows in the chain. Shape ``()``, int32.
       alive: sum of the magnitudes of pruned weights when they were first seen alive;

@@ -44,7 +44,8 @@ class Block:
 
     A block covers the last axes of a tensor: ``Block((4, 16))`` of a convolution
     ``(3, 3, 64, 128)`` are 4 inputs by 16 outputs at one place of the filter. Blocks at
-    the end of an axis hold what is left of it.
+    the end of an axis hold what is left of it. While blocks are ranked a TPU reserves
+    once or twice the size of a tensor.
 
     Attributes:
       shape: of a block, for the last ``len(shape)`` axes. Sizes beyond an axis stand

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from movement_jax import counting, masking, position, schedules, scoring
+from movement_jax import counting, exchange, masking, position, schedules, scoring
 from movement_jax import structure as _structure
 from movement_jax import tree as _tree
 from movement_jax.allocation import Allocation, ErdosRenyi, Uniform
@@ -81,7 +81,8 @@ def movement_pruning(
       regrow: keep pruned weights at their dense value, so that they can come back.
         Then evaluate and differentiate the model at
         :func:`movement_jax.effective_params`.
-      inner: optimizer to wrap, for criteria that need raw gradients.
+      inner: optimizer to wrap, for criteria that need raw gradients, or reset what the
+        optimizer remembers of a weight.
       axis_name: inside ``shard_map`` or ``pmap``, the mesh axes that params are split
         over. Counts are then summed over them, and of tied scores those on earlier
         devices are kept. Not needed under ``jit``, whatever the sharding.
@@ -99,7 +100,7 @@ def movement_pruning(
       :class:`MovementState`.
 
     Raises:
-      ValueError: if the criterion needs gradients and there is no ``inner``, if
+      ValueError: if the criterion needs an ``inner`` and there is none, if
         ``sparsity`` is out of range or beyond what an N:M pattern reaches, or, at
         ``init``, if nothing is prunable or the structure does not fit a tensor.
 
@@ -144,6 +145,7 @@ def movement_pruning(
         structure=_structure.checked(structure),
     )
     masking.check_decider(config)
+    exchange.check_structure(config)
     _check_units(config)
     highest = _highest(sparsity)
     masking.check_reach(config, None, highest)
@@ -226,8 +228,11 @@ def movement_pruning(
         if not state.config.regrow:
             state, alive = position.look(state, weights)
         state = scoring.score_entering(state, weights, finite)
-        if not state.config.regrow:
+        if alive is not None:
             state = masking.on_schedule(state, weights, sparsity, finite, alive)
+            state, updates = exchange.on_schedule(
+                state, updates, params, weights, grads, wrapped, finite, alive
+            )
             updates = position.project(state, updates, params)
         else:
             updates = _keep(state.masks, updates)
@@ -321,6 +326,7 @@ def _check_arguments(
             f"`movement_pruning(criterion={name}(...), inner=optax.adamw(...), "
             "regrow=True)`."
         )
+    exchange.check(criterion, inner, regrow)
     needs_gradients = getattr(criterion, "needs_gradients", False)
     if inner is None and needs_gradients:
         raise ValueError(

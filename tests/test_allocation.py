@@ -184,6 +184,13 @@ def test_too_many_weights_for_one_density_scale_are_refused():
         mj.ErdosRenyi().n_drop(Target(0.5), tensors, [], None)
 
 
+def test_too_many_slices_for_one_ranking_are_refused():
+    tx = mj.movement_pruning(allocation=mj.Global(), stacked=".")
+    params = {"kernel": jax.ShapeDtypeStruct((2**17, 2, 2), jnp.float32)}
+    with pytest.raises(ValueError, match=r"`Global\(\)` counts at most .*kernel"):
+        jax.eval_shape(tx.init, params)
+
+
 def test_rules_prune_nothing_at_an_overall_sparsity_of_zero():
     tx = mj.movement_pruning(
         criterion=mj.Magnitude(), allocation=mj.PerPath({"a": 0.9})

@@ -107,6 +107,20 @@ def test_whole_rows_and_units_leave_masks_alone_in_place(target, structure):
     assert program.temp < most * param_bytes(params)
 
 
+@on(ONE)
+@pytest.mark.parametrize(
+    "side, most", [((4, 8), 2.1), ((16, 16), 1.1), ((128, 128), 1.1)], ids=str
+)
+def test_blocks_take_memory(target, side, most):
+    params = {"kernel": (16384, 16384)}
+    tx = pruned_adamw(structure=mj.Block(side), stacked=None, check_finite=False)
+    program = compiled(update(tx), tx, target, target.mesh(), shapes=params)
+    assert not program.sorts()
+    times = program.temp / param_bytes(params)
+    print(f"\n{target}: blocks of {side} take {times:.2f} times their tensor")
+    assert times < most
+
+
 @on(FOUR)
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_train_step_on_four_devices_exchanges_counts_only(target, axis_type):

@@ -156,3 +156,25 @@ def test_flax_serialization_takes_the_state_after_one_registration():
     data = serialization.to_bytes(state)
     restored = serialization.from_bytes(tx.init(params), data)
     assert jax.tree.all(jax.tree.map(np.array_equal, state, restored))
+
+
+@pytest.mark.parametrize(
+    "step, error, message",
+    [
+        (-1, ValueError, "`step` must not be negative, got -1"),
+        (True, TypeError, "`step` must be a number of steps, got True"),
+        (1.0, TypeError, r"number of steps, got 1.0. Of a train state it is `int\("),
+    ],
+)
+def test_a_step_that_is_none_is_refused(tmp_path, step, error, message):
+    with pytest.raises(error, match=message):
+        mj.checkpoint.save(tmp_path, step, {"x": jnp.ones(2)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_save_that_silently_wrote_nothing_is_told(tmp_path, monkeypatch):
+    state = {"x": jnp.ones(2)}
+    mj.checkpoint.save(tmp_path, 1, state)
+    monkeypatch.setattr(ocp1.training.Checkpointer, "save", lambda *_, **__: True)
+    with pytest.raises(mj.CheckpointError, match="Step 2 was not written to .* is 1"):
+        mj.checkpoint.save(tmp_path, 2, state)

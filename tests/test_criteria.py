@@ -207,7 +207,7 @@ def test_a_strict_quantile_keeps_one_weight_too_few_where_we_do_not():
         (lambda: mj.EmaMagnitude(half_life=0), ValueError, "`half_life`.*got 0"),
         (lambda: mj.EmaMagnitude(half_life="3"), TypeError, "steps, got '3'"),
         (lambda: mj.Taylor(momentum=1), ValueError, "`momentum` must be in"),
-        (lambda: mj.Random(seed=0.5), TypeError, r"got 0.5. For example `Random\(0\)`"),
+        (lambda: mj.Random(seed=0.5), TypeError, "got 0.5. For example `seed=0`"),
         (lambda: mj.Movement(1e-2), TypeError, r"`Movement\(learning_rate=1e-2\)`"),
         (lambda: mj.Movement(from_magnitude=-1), ValueError, "at least 0, got -1"),
         (lambda: mj.Movement(learning_rate=0), ValueError, "positive, got 0"),

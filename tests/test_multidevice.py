@@ -35,6 +35,8 @@ CRITERIA = {
     "dormancy": mj.Dormancy(0.5, half_life=3),
     "sensitivity": mj.Sensitivity(),
     "fisher": mj.Fisher(),
+    "rigl": mj.RigL(end=9, every=2, drop_fraction=0.5, seed=1),
+    "set": mj.SET(end=None, every=2, drop_fraction=0.5),
     "soft": mj.SoftMovement(target_sparsity=mj.cubic(0.8, begin=1, end=3)),
 }
 SIZES = [16 * 32, *8 * [4 * 24]]  # of what is ranked: the kernel, then each layer

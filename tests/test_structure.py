@@ -649,7 +649,7 @@ def test_the_structure_is_kept_with_the_state_and_hashes():
         (lambda: mj.Block((4, 0)), ValueError, r"got \(4, 0\)"),
         (lambda: mj.Block((4, 2.0)), ValueError, r"got \(4, 2.0\)"),
         (lambda: mj.Block((4,), 4), ValueError, r"`reduce` must be .*got 4.*Block\("),
-        (lambda: mj.Axis("rows"), ValueError, r"`axis` takes integers, got .*'rows'"),
+        (lambda: mj.Axis("rows"), ValueError, r"got \('rows',\). Write `Axis"),
         (lambda: mj.Axis(True), ValueError, "True"),
         (lambda: mj.Axis(()), ValueError, r"got \(\).*Axis\(-1\)"),
         (lambda: mj.Axis(0, "max"), ValueError, "`reduce` .*got 'max'"),
@@ -705,6 +705,13 @@ def test_a_structure_that_does_not_fit_is_refused_with_the_path(structure, messa
     tx = mj.movement_pruning(0.8, structure=structure)
     with pytest.raises(ValueError, match=message):
         tx.init(jax.tree.map(jnp.asarray, nested(draw())))
+
+
+def test_a_group_of_more_than_can_be_summed_is_refused():
+    tx = mj.movement_pruning(structure=mj.Block((2**15, 2**15 + 1)))
+    params = {"kernel": jax.ShapeDtypeStruct((2**15, 2**15 + 1), jnp.float32)}
+    with pytest.raises(ValueError, match="makes one group of more than 1073741824"):
+        jax.eval_shape(tx.init, params)
 
 
 def test_a_rule_beyond_what_a_pattern_reaches_is_refused():

@@ -226,6 +226,7 @@ def test_F4_F5_a_full_disk_leaves_the_last_good_step(tmp_path, kind, record_prop
             try:
                 mj.checkpoint.save(directory, step, big)
             except mj.CheckpointError as error:
+                assert f"Step {step} could not be saved to" in str(error), error
                 assert "last good step is 1." in str(error), error
             else:
                 sys.exit("a step that cannot fit was reported as saved")
