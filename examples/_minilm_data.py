@@ -1,15 +1,17 @@
-"""Labelled sentences: from TSV files, or made of the standard library's docstrings."""
+"""Labelled sentences: from files, or made of the standard library's docstrings."""
 
 import ast
 import csv
 import dataclasses
 import gzip
 import inspect
+import itertools
 import pathlib
 import re
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import _lm
 import numpy as np
@@ -65,18 +67,26 @@ def read_task(
     dev: pathlib.Path | None = None,
     test: pathlib.Path | None = None,
 ) -> Task:
-    """Reads TSV files, or makes the embedded task if none is given.
+    """Reads files, or makes the embedded task if none is given.
 
-    Without ``test`` the ``dev`` file is both.
+    Without ``dev`` an eighth of the training sentences is held out; without ``test``
+    the sentences to try on are those to test on.
     """
-    if train is None or dev is None:
-        if train or dev or test:
-            raise SystemExit("Give `--train` and `--dev`, or no file.")
+    if train is None:
+        if dev or test:
+            raise SystemExit("Give `--train`, or no file.")
         parts = dict(zip(("train", "dev", "test"), word_order()))
         name = name or EMBEDDED
     else:
-        parts = {"train": read_tsv(train), "dev": read_tsv(dev)}
-        parts["test"] = read_tsv(test) if test else parts["dev"]
+        pairs = read_sentences(train)
+        held = [dev is None and _eighth(sentence) == 0 for sentence, _ in pairs]
+        parts = {
+            "train": [pair for pair, out in zip(pairs, held) if not out],
+            "dev": read_sentences(dev)
+            if dev
+            else list(itertools.compress(pairs, held)),
+        }
+        parts["test"] = read_sentences(test) if test else parts["dev"]
         name = name or train.parent.name or train.name
     classes = tuple(sorted({label for _, label in parts["train"]}))
     number = {label: i for i, label in enumerate(classes)}
@@ -91,15 +101,24 @@ def read_task(
     return Task(name, classes, **{part: split(pairs) for part, pairs in parts.items()})
 
 
-def read_tsv(path: pathlib.Path) -> Pairs:
-    """Reads ``sentence<TAB>label`` under one header line; ``.gz`` too."""
+def read_sentences(path: pathlib.Path) -> Pairs:
+    """Reads sentences and labels under one header line: ``.csv``, or else TSV; ``.gz``."""
     opener = gzip.open if path.suffix == ".gz" else open
+    form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    if ".csv" in path.suffixes:
+        form = {"strict": True}
+    pairs = []
     with opener(path, "rt", encoding="utf-8", newline="") as lines:
-        rows = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))[1:]
-    for i, row in enumerate(rows, 2):
-        if len(row) != 2:
-            raise SystemExit(f"{path}, line {i}: wanted sentence<TAB>label, got {row}.")
-    return [(sentence, label) for sentence, label in rows]
+        rows = csv.reader(lines, **form)
+        next(rows, None)
+        for row in rows:
+            if len(row) != 2:
+                raise SystemExit(
+                    f"{path}, line {rows.line_num}: wanted a sentence and a label, "
+                    f"got {row}."
+                )
+            pairs.append((" ".join(row[0].split()), row[1]))
+    return pairs
 
 
 def word_order(seed: int = 0) -> tuple[Pairs, Pairs, Pairs]:
@@ -132,11 +151,14 @@ def word_order(seed: int = 0) -> tuple[Pairs, Pairs, Pairs]:
 
     parts: tuple[list[str], ...] = ([], [], [])
     for sentence in _sentences(np.concatenate([text.train, text.validation])):
-        # By its letters, so that adding a sentence moves no other.
-        eighth = zlib.crc32(sentence.encode()) % 8
-        parts[(1, 2)[eighth] if eighth < 2 else 0].append(sentence)
+        parts[{0: 1, 1: 2}.get(_eighth(sentence), 0)].append(sentence)
     train, dev, test = map(both, parts)
     return train, dev, test
+
+
+def _eighth(sentence: str) -> int:
+    """One of 8 parts, by its letters, so that adding a sentence moves no other."""
+    return zlib.crc32(sentence.encode()) % 8
 
 
 def _sentences(source: np.ndarray) -> list[str]:

@@ -78,14 +78,14 @@ class Setting:
         return f"{re.sub('[^a-z0-9.]+', '-', words.lower())}-{rest:08x}"
 
     def command(self) -> str:
-        """What runs it again, given the files."""
+        """What runs it again, given the files instead of the dots."""
         told = dataclasses.asdict(self)
         told |= {"criteria": told.pop("criterion"), "seeds": told.pop("seed")}
         if not told["regrow"]:
             told["no_regrow"] = not told.pop("regrow")
         words = ["python examples/finetune_minilm.py"]
         if told.pop("task") != data.EMBEDDED:
-            words.append("--train train.tsv --dev dev.tsv --test test.tsv")
+            words.append("--train ...")
             words.append(f"--task {shlex.quote(self.task)}")
         for key, value in told.items():
             flag = "--" + key.replace("_", "-")

