@@ -102,7 +102,7 @@ def read_task(
 
 
 def read_sentences(path: pathlib.Path) -> Pairs:
-    """Reads sentences and labels under one header line: ``.csv``, or else TSV; ``.gz``."""
+    """Reads sentences and labels under one header line: ``.csv``, else TSV; ``.gz``."""
     opener = gzip.open if path.suffix == ".gz" else open
     form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     if ".csv" in path.suffixes:
