@@ -42,11 +42,13 @@ def sentences(results: Sequence[Result]) -> list[str]:
             verdict = "better than" if mean > 0 else "worse than"
             if abs(mean) <= max(spread, error):
                 verdict = "as good as"
+            seeds = (
+                f"± {spread:.1f}, {len(found)} seeds" if len(found) > 1 else "1 seed"
+            )
             said.append(
                 f"{setting['task']}, {setting['steps']:,} steps, "
                 f"{of['sparsity']:.0%} pruned: {_label(row, group)} is {verdict} "
-                f"magnitude, by {mean:+.1f} points (± {spread:.1f}, {len(found)} "
-                f"seed{'s' * (len(found) > 1)})."
+                f"magnitude, by {mean:+.1f} points ({seeds})."
             )
     return said
 
@@ -118,10 +120,8 @@ def _grid(group: Sequence[Result]) -> Grid:
             )
         )
     levels = sorted({r["setting"]["sparsity"] for r in group if "sparsity" in r})
-    chance = "".join(
-        f", by chance {s / (2 - s):.3f} ({(1 - s) / (1 + s):.3f}) at {s:.0%}"
-        for s in levels
-    )
+    chance = [f"{s / (2 - s):.3f} ({(1 - s) / (1 + s):.3f}) at {s:.0%}" for s in levels]
+    by_chance = "; by chance " * bool(chance) + ", ".join(chance)
     sentences = "/".join(f"{n:,}" for n in group[0]["sentences"])
     return Grid(
         f"{setting['task']}, {setting['steps']:,} × {setting['batch']} sentences",
@@ -132,9 +132,10 @@ def _grid(group: Sequence[Result]) -> Grid:
         ),
         rows,
         f"Mean ± half the range over seeds; {sentences} sentences to train, try and "
-        "test on. Points over magnitude: dev accuracy, seed by seed. Jaccard: of the "
-        "pruned (or kept) weights with those of magnitude, one-shot on the pretrained "
-        f"model{chance}. Seconds: of one core, where there is no accelerator.",
+        "test on. Points over magnitude: dev accuracy, seed by seed, over the best row "
+        "of magnitude at that sparsity. Jaccard: of the pruned (or kept) weights with "
+        f"those of magnitude, one-shot on the pretrained model{by_chance}. "
+        "Seconds: of one core, where there is no accelerator.",
     )
 
 
