@@ -229,13 +229,16 @@ def _tops(
 ) -> tuple[list[jax.Array], jax.Array]:
     """Which groups of each tensor stay, and the new thresholds."""
     allocation, thresholds = state.config.allocation, state.thresholds
-    if target.at_zero:
+    if target.sparsity is None:
         if starts is None:
             starts = counting.segment_starts(groups, state.step >> 31)
         n_drop, common = threshold.drop_at_zero(
             allocation, groups, worth, alive, starts
         )
     else:
+        if target.shared:
+            allocation = _allocation.Global(getattr(allocation, "min_keep", 0))
+            allocation.check(groups)
         n_drop, common = allocation.n_drop(target, groups, worth, alive, thresholds)
     return selection.keep_masks(
         worth,

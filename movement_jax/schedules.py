@@ -17,17 +17,18 @@ class Target(NamedTuple):
     """What one change of the masks aims at.
 
     Attributes:
-      sparsity: fraction to drop, a Python number or a traced scalar.
+      sparsity: fraction to drop, a Python number or a traced scalar; None to drop what
+        scores at or below zero, however much that is.
       final: the Python number that ``sparsity`` is at the end of a schedule. Its counts
         are exact where those of a float32 are not; None if there is no end.
       progress: how far the schedule has come towards ``final``, in [0, 1].
-      at_zero: drop what scores at or below zero instead, however much that is.
+      shared: one threshold for all tensors; of the allocation only ``min_keep`` holds.
     """
 
     sparsity: Any
     final: float | None = None
     progress: Any = 1.0
-    at_zero: bool = False
+    shared: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,8 +59,8 @@ class SoftMovement:
     that brings the score at the wanted quantile to :math:`\mathrm{logit}(\tau)`: dual
     ascent, with the multiplier solved for at every step. Where the sigmoid is flat and
     :math:`|\lambda_t|` would exceed 9, all scores are shifted by the rest. Both keep
-    the order of the scores, so every step meets the sparsity of all tensors together,
-    but for ties; the masks are those of one global threshold.
+    the order of the scores; the masks are those of one global threshold, so that every
+    step meets the sparsity of all tensors together exactly, with ties and floors too.
 
     ``penalty``. The paper's form: the gradient of :math:`\lambda_t \,\mathrm{mean}_l
     \,\mathrm{mean}\, \sigma(S_l)` over tensors :math:`l` is added to :math:`W \odot G`
@@ -183,8 +183,9 @@ class SoftMovement:
 
     def target(self, state: SoftScores) -> schedules.Target:
         """All that is not above the threshold is to go."""
-        asked = None if self.penalty is not None else self._wanted(state.step)
-        return schedules.Target(asked, at_zero=True)
+        if self.penalty is None:
+            return self._wanted(state.step)
+        return schedules.Target(None, shared=True)
 
     def due(self, step: jax.typing.ArrayLike) -> jax.Array:
         """Whether masks change at ``step``."""
@@ -207,10 +208,10 @@ class SoftMovement:
             return self.threshold(step)
         return jnp.float32(self.threshold)
 
-    def _wanted(self, step: jax.Array) -> jax.Array:
+    def _wanted(self, step: jax.Array) -> schedules.Target:
         if isinstance(self.target_sparsity, Polynomial):
-            return self.target_sparsity(step)
-        return jnp.asarray(self.target_sparsity, jnp.float32)
+            return self.target_sparsity.target(step)._replace(shared=True)
+        return schedules.Target(self.target_sparsity, shared=True)
 
     def _constrain(self, values: Any, step: jax.Array) -> tuple[Any, jax.Array]:
         """Brings the score at the wanted quantile to the threshold; by what penalty."""
@@ -219,9 +220,7 @@ class SoftMovement:
             return values, jnp.float32(0)
         tensors = [counting.Tensor(name, value.shape) for name, value in named]
         sizes = counting.sizes(tensors)
-        n_drop = _allocation.drop_total(
-            schedules.Target(self._wanted(step)), int(sizes.sum())
-        )
+        n_drop = _allocation.drop_total(self._wanted(step), int(sizes.sum()))
         # Before anything is to go the lowest score is held there.
         one = wide.from_int(1)
         n_drop = jax.tree.map(

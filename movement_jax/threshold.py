@@ -19,8 +19,6 @@ def drop_at_zero(
 ) -> tuple[jax.Array, jax.Array]:
     """How many scores of every segment lie at or below zero.
 
-    Of an allocation only ``min_keep`` holds then.
-
     Args:
       allocation: bounds how many that may be.
       tensors: what is to be pruned.

@@ -60,7 +60,7 @@ def by_hand(constrain=None, penalty=0.0, start=None):
         else:
             scores = constrain(scores, t)
             margins = [s - LOGIT for s in scores]
-        if t >= 5:
+        if t > 5 or constrain is None:  # at step 5 a schedule begins with 0
             masks = [m > 0 for m in margins]
         yield weights, scores, masks, margins
 
@@ -257,6 +257,48 @@ def test_every_tensor_keeps_its_floor():
     )
     _, state = train(tx, 5)[-1]
     assert [int(m.sum()) for m in kernels(state.masks)] == [3, 3]
+
+
+@pytest.mark.parametrize("allocation", [mj.Global(0.02), mj.Uniform(0.02)])
+def test_a_floor_does_not_make_it_miss_the_target(allocation):
+    x, y = generated()
+    params = network(jax.random.key(0), (32, 64, 5))
+    params["layer1"]["kernel"] *= 1e-3  # nearly all of it would go
+    tx = mj.movement_pruning(
+        criterion=mj.SoftMovement(mj.cubic(0.97, begin=20, end=80), learning_rate=0.1),
+        allocation=allocation,
+        inner=optax.sgd(1e-3),
+        regrow=True,
+    )
+    _, state, reached = sparsities(tx, params, x, y, steps=100)
+    small = state.masks["layer1"]["kernel"]
+    assert int(small.sum()) >= 6  # .02 of 320
+    n = 32 * 64 + 64 * 5
+    assert reached[-1] == pytest.approx(round(0.97 * n) / n, abs=1e-6)
+
+
+@pytest.mark.parametrize("target", [0.0, 0.3, 0.5, 0.9])
+def test_equal_scores_do_not_make_it_miss_the_target(target):
+    # Weights of one magnitude without a gradient, and half of them dead.
+    signs = np.where(np.arange(300).reshape(30, 10) % 3, 1.0, -1.0)
+    signs[15:] = 0
+    params = {"kernel": jnp.asarray(signs, jnp.float32)}
+    tx = soft(target_sparsity=target)
+    state = tx.init(params)
+    for _ in range(3):
+        _, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+    mask = np.asarray(state.masks["kernel"])
+    assert np.sum(~mask) == round(target * 300)
+    # The dead go first, and of equals those that come last.
+    assert np.all(
+        mask
+        == (
+            np.argsort(np.argsort(-np.abs(signs).ravel(), kind="stable")).reshape(
+                30, 10
+            )
+            < mask.sum()
+        )
+    )
 
 
 def test_masks_change_when_the_schedule_says():
