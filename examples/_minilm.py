@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -53,6 +54,10 @@ def read_config(folder: pathlib.Path, layers: int | None = None) -> Config:
     there = raw["num_hidden_layers"]
     if layers is not None and not 0 <= layers <= there:
         raise SystemExit(f"`--layers` must be in [0, {there}], got {layers}.")
+    if raw.get("hidden_act", "gelu") != "gelu":
+        raise SystemExit(
+            f"{folder}: wanted hidden_act 'gelu', got {raw['hidden_act']!r}."
+        )
     return Config(
         width=raw["hidden_size"],
         hidden=raw["intermediate_size"],
@@ -82,6 +87,7 @@ def read_weights(folder: pathlib.Path, config: Config) -> tuple[Any, Any]:
     from safetensors.numpy import load_file
 
     stored = load_file(folder / "model.safetensors")
+    stored = {name.removeprefix("bert."): array for name, array in stored.items()}
 
     def norm(name: str) -> dict[str, np.ndarray]:
         return {"scale": stored[f"{name}.weight"], "bias": stored[f"{name}.bias"]}
@@ -133,7 +139,9 @@ class Embeddings(nn.Module):
             for n, name in zip(self.rows, ("word", "place", "segment"))
         )
         # Sentences only, no pairs: all of them are the first segment.
-        x = words(tokens) + places(jnp.arange(tokens.shape[-1]))
+        # Padding may go beyond the last place, and may have any.
+        place = jnp.minimum(jnp.arange(tokens.shape[-1]), self.rows[1] - 1)
+        x = words(tokens) + places(place)
         x = x + segments(jnp.zeros_like(tokens))
         return nn.LayerNorm(self.config.epsilon, name="norm")(x)
 
@@ -198,6 +206,9 @@ class MiniLM:
       folder: with ``config.json``, ``model.safetensors`` and ``tokenizer.json``.
       layers: how many of the first layers to use; None for all.
       length: sentences are cut after so many tokens.
+
+    Attributes:
+      fingerprint: of the weights, to tell models apart.
     """
 
     def __init__(
@@ -208,6 +219,9 @@ class MiniLM:
         frozen, self._encoder = read_weights(folder, self.config)
         names = ("word", "place", "segment")
         rows = tuple(len(frozen[name]["embedding"]) for name in names)
+        if not 2 <= length <= rows[1]:
+            raise SystemExit(f"`--length` must be in [2, {rows[1]}], got {length}.")
+        self.fingerprint = zlib.crc32((folder / "model.safetensors").read_bytes())
         self.embeddings = Embeddings(self.config, rows)
         self.encoder = Encoder(self.config)
         self.frozen = jax.device_put(frozen)

@@ -8,6 +8,7 @@ import inspect
 import itertools
 import pathlib
 import re
+import shlex
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -47,6 +48,7 @@ class Task:
       train: to train on.
       dev: to try settings on.
       test: to report.
+      options: of the command line that read it.
     """
 
     name: str
@@ -54,6 +56,17 @@ class Task:
     train: Split
     dev: Split
     test: Split
+    options: str = ""
+
+    def fingerprint(self) -> int:
+        """Tells it from tasks of other sentences, labels or tokens."""
+        crc = zlib.crc32(repr(self.classes).encode())
+        for split in (self.train, self.dev, self.test):
+            for row, label in zip(split.tokens, split.labels.tolist()):
+                crc = zlib.crc32(
+                    np.array([len(row), *row, label], "<i4").tobytes(), crc
+                )
+        return crc
 
 
 Pairs = list[tuple[str, str]]
@@ -76,7 +89,7 @@ def read_task(
         if dev or test:
             raise SystemExit("Give `--train`, or no file.")
         parts = dict(zip(("train", "dev", "test"), word_order()))
-        name = name or EMBEDDED
+        name, options = name or EMBEDDED, ""
     else:
         pairs = read_sentences(train)
         held = [dev is None and _eighth(sentence) == 0 for sentence, _ in pairs]
@@ -87,7 +100,10 @@ def read_task(
             else list(itertools.compress(pairs, held)),
         }
         parts["test"] = read_sentences(test) if test else parts["dev"]
-        name = name or train.parent.name or train.name
+        name = name or train.resolve().parent.name
+        files = {"train": train, "dev": dev, "test": test}
+        words = [f"--{key} {path.name}" for key, path in files.items() if path]
+        options = " ".join([*words, f"--task {shlex.quote(name)}"])
     classes = tuple(sorted({label for _, label in parts["train"]}))
     number = {label: i for i, label in enumerate(classes)}
 
@@ -98,7 +114,13 @@ def read_task(
         labels = np.array([number[label] for _, label in pairs], np.int32)
         return Split(tokenize([sentence for sentence, _ in pairs]), labels)
 
-    return Task(name, classes, **{part: split(pairs) for part, pairs in parts.items()})
+    if len(classes) < 2:
+        raise SystemExit(f"There must be two labels or more, got {list(classes)}.")
+    empty = [part for part, pairs in parts.items() if not pairs]
+    if empty:
+        raise SystemExit(f"There are no sentences in {' and '.join(empty)}.")
+    splits = {part: split(pairs) for part, pairs in parts.items()}
+    return Task(name, classes, **splits, options=options)
 
 
 def read_sentences(path: pathlib.Path) -> Pairs:
@@ -112,12 +134,13 @@ def read_sentences(path: pathlib.Path) -> Pairs:
         rows = csv.reader(lines, **form)
         next(rows, None)
         for row in rows:
-            if len(row) != 2:
+            if row and len(row) != 2:
                 raise SystemExit(
                     f"{path}, line {rows.line_num}: wanted a sentence and a label, "
                     f"got {row}."
                 )
-            pairs.append((" ".join(row[0].split()), row[1]))
+            if row:
+                pairs.append((" ".join(row[0].split()), row[1]))
     return pairs
 
 

@@ -6,12 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from _report import Grid, finish, new_axes
+from _report import Grid, finish, new_axes, write_whole
 
 Result = Mapping[str, Any]
 _ORDER = ("dense", "magnitude", "ema", "movement", "soft")
+_NEAR = 0.005  # the sparsity that was asked for
 # What makes runs comparable: these are the same within one table.
-_TABLE = ("task", "steps", "batch")
+_TABLE = ("task", "data", "steps", "batch")
+# A row is held against magnitude where these are the same.
+_RIVALS = ("sparsity", "layers", "distill")
 
 
 def read(path: pathlib.Path) -> list[Result]:
@@ -36,6 +39,14 @@ def sentences(results: Sequence[Result]) -> list[str]:
             if len(found) == 0:
                 continue
             of, accuracy = row[0]["setting"], np.mean([r["dev"] for r in row])
+            missed = max(abs(r["sparsity"] - of["sparsity"]) for r in row)
+            if missed > _NEAR:
+                said.append(
+                    f"{setting['task']}, {setting['steps']:,} steps: "
+                    f"{_label(row, group)} is not compared, it misses "
+                    f"{of['sparsity']:.0%} by {100 * missed:.1f} points."
+                )
+                continue
             mean, spread = 100 * found.mean(), 100 * _half_range(found)
             # Seeds say how much a run is worth, and sentences how much a number is.
             error = 100 * np.sqrt(accuracy * (1 - accuracy) / row[0]["sentences"][1])
@@ -55,7 +66,7 @@ def sentences(results: Sequence[Result]) -> list[str]:
 
 def write(out: pathlib.Path, results: Sequence[Result]) -> None:
     """Writes ``results.json``, ``report.md`` and its pictures."""
-    (out / "results.json").write_text(json.dumps(list(results), indent=1))
+    write_whole(out / "results.json", json.dumps(list(results), indent=1).encode())
     first = results[0]
     parts = [
         "# What is left of a pretrained encoder",
@@ -65,7 +76,7 @@ def write(out: pathlib.Path, results: Sequence[Result]) -> None:
     ]
     for name, caption in draw(out, results).items():
         parts.append(f"{caption}\n\n![{caption}]({name})")
-    (out / "report.md").write_text("\n\n".join(filter(None, parts)) + "\n")
+    write_whole(out / "report.md", ("\n\n".join(filter(None, parts)) + "\n").encode())
 
 
 def draw(out: pathlib.Path, results: Sequence[Result]) -> dict[str, str]:
@@ -207,7 +218,7 @@ def _over_magnitude(row: Sequence[Result], group: Sequence[Result]) -> np.ndarra
         other
         for other in _rows(group)
         if other[0]["setting"]["criterion"] == "magnitude"
-        and all(other[0]["setting"][key] == own[key] for key in ("sparsity", "layers"))
+        and all(other[0]["setting"][key] == own[key] for key in _RIVALS)
     ]
     if not rivals:
         return np.empty(0)

@@ -5,7 +5,6 @@ import datetime
 import json
 import pathlib
 import re
-import shlex
 import shutil
 import time
 import zlib
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from _minilm import MiniLM
-from _report import versions
+from _report import versions, write_whole
 from flax.training.train_state import TrainState
 from tqdm import tqdm
 
@@ -49,7 +48,9 @@ class Setting:
       end: of pruning, as a fraction of the steps.
       distill: weight of the dense model's answers in the loss, in [0, 1].
       layers: of the encoder that are used.
+      length: sentences are cut after so many tokens.
       task: what is learned.
+      data: fingerprint of the tokens, the labels and the pretrained weights.
     """
 
     criterion: str
@@ -66,27 +67,27 @@ class Setting:
     end: float
     distill: float
     layers: int
+    length: int
     task: str
+    data: str
 
     @property
     def name(self) -> str:
         """Short, and another one for any other setting."""
         told = dataclasses.asdict(self)
-        first = [told.pop(key) for key in ("task", "criterion", "sparsity", "seed")]
+        first = [told[key] for key in ("task", "criterion", "sparsity", "seed")]
         rest = zlib.crc32(json.dumps(told, sort_keys=True).encode())
         words = "-".join(f"{x:g}" if isinstance(x, float) else str(x) for x in first)
         return f"{re.sub('[^a-z0-9.]+', '-', words.lower())}-{rest:08x}"
 
-    def command(self) -> str:
-        """What runs it again, given the files instead of the dots."""
+    def command(self, options: str) -> str:
+        """What runs it again, given the options that read the task."""
         told = dataclasses.asdict(self)
+        del told["data"], told["task"]
         told |= {"criteria": told.pop("criterion"), "seeds": told.pop("seed")}
         if not told["regrow"]:
             told["no_regrow"] = not told.pop("regrow")
-        words = ["python examples/finetune_minilm.py"]
-        if told.pop("task") != data.EMBEDDED:
-            words.append("--train ...")
-            words.append(f"--task {shlex.quote(self.task)}")
+        words = ["python examples/finetune_minilm.py", *filter(None, [options])]
         for key, value in told.items():
             flag = "--" + key.replace("_", "-")
             words.append(flag if value is True else f"{flag} {value}")
@@ -273,17 +274,17 @@ def run(
         "classes": len(task.classes),
         "sentences": [len(s) for s in (task.train, task.dev, task.test)],
         "seconds": round(seconds, 1),
-        "command": setting.command(),
+        "command": setting.command(task.options),
         "date": datetime.date.today().isoformat(),
         "versions": versions(),
         "device": jax.devices()[0].device_kind,
     }
-    shutil.rmtree(saved, ignore_errors=True)
     shutil.rmtree(folder / "model", ignore_errors=True)
     params = _finished(setting, state).params
     mj.checkpoint.save(folder / "model", setting.steps, params)
-    # Last of all: a run that has this file is done.
-    (folder / "result.json").write_text(json.dumps(result, indent=1))
+    # A run that has this file is done; until then it can go on from its checkpoint.
+    write_whole(folder / "result.json", json.dumps(result, indent=1).encode())
+    shutil.rmtree(saved, ignore_errors=True)
     return result
 
 

@@ -1,6 +1,8 @@
 """Tables and axes that the reports of the examples share."""
 
 import dataclasses
+import os
+import pathlib
 from collections.abc import Sequence
 
 import flax
@@ -67,3 +69,11 @@ def finish(ax: Axes, x: str, y: str, title: str) -> None:
     ax.grid(lw=0.5, alpha=0.4)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def write_whole(path: pathlib.Path, content: bytes) -> None:
+    """Writes a file that is there as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(content)
+    os.replace(part, path)

@@ -17,10 +17,14 @@ is done is not done again. ``--out`` gets a result and a model for every run, an
 
 import argparse
 import dataclasses
+import io
 import itertools
 import json
+import math
 import pathlib
+import shutil
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import _minilm_data as data
@@ -29,6 +33,7 @@ import _minilm_train as train
 import numpy as np
 from _minilm import MiniLM, model_folder
 from _minilm_train import CRITERIA, DENSE, Setting
+from _report import write_whole
 from rich.console import Console
 
 import movement_jax as mj
@@ -47,12 +52,15 @@ def main() -> None:
     """Runs what is asked for, or prints what was measured."""
     arguments = parse()
     if arguments.table:
+        if not arguments.table.exists():
+            raise SystemExit(f"`--table`: there is no {arguments.table}.")
         show(report.read(arguments.table))
         return
     folder = pathlib.Path(arguments.model) if arguments.model else model_folder()
     model = MiniLM(folder, arguments.layers, arguments.length)
     files = arguments.train, arguments.dev, arguments.test
     task = data.read_task(model.tokenize, arguments.task, *files)
+    fingerprint = f"{task.fingerprint():08x}-{model.fingerprint:08x}"
     console.print(
         f"{task.name}: {len(task.train):,} sentences to train on, {len(task.dev):,} "
         f"and {len(task.test):,} to test, {len(task.classes)} classes"
@@ -61,7 +69,8 @@ def main() -> None:
     for name, sparsity, seed in itertools.product(
         arguments.criteria, arguments.sparsity, arguments.seeds
     ):
-        setting = setting_of(arguments, model, task, name, sparsity, seed)
+        told = {"task": task.name, "data": fingerprint, "layers": model.config.layers}
+        setting = setting_of(arguments, name, sparsity, seed, **told)
         teacher = None
         if setting.distill:
             teacher = answers(model, task, setting, out, arguments.save_every)
@@ -82,11 +91,10 @@ def show(results: list[report.Result]) -> None:
 
 def setting_of(
     arguments: argparse.Namespace,
-    model: MiniLM,
-    task: data.Task,
     criterion: str,
     sparsity: float,
     seed: int,
+    **told: Any,
 ) -> Setting:
     """The defaults, and what the command line says instead."""
     scored = criterion in train.TRAINED
@@ -114,8 +122,8 @@ def setting_of(
         sparsity=sparsity,
         seed=seed,
         steps=arguments.steps,
-        layers=model.config.layers,
-        task=task.name,
+        length=arguments.length,
+        **told,
         **given,
     )
 
@@ -132,6 +140,8 @@ def finished(
     done = out / setting.name / "result.json"
     if not done.exists():
         train.run(model, task, setting, done.parent, save_every, teacher)
+    # Left by a run that was killed at its very end.
+    shutil.rmtree(done.parent / "checkpoint", ignore_errors=True)
     result = json.loads(done.read_text())
     console.print(
         f"{setting.criterion}, {setting.sparsity:.0%} pruned, seed {setting.seed}: "
@@ -160,7 +170,9 @@ def answers(
     if not said.exists():
         trainer = train.Trainer(model, task, dense)
         params = mj.checkpoint.restore(out / dense.name / "model", trainer.initial)
-        np.save(said, trainer.predict(params, task.train))
+        found = io.BytesIO()
+        np.save(found, trainer.predict(params, task.train))
+        write_whole(said, found.getvalue())
     return np.load(said)
 
 
@@ -175,7 +187,13 @@ def parse() -> argparse.Namespace:
         choices=[DENSE, *CRITERIA],
         default=[DENSE, "magnitude", "movement"],
     )
-    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.97])
+    parser.add_argument(
+        "--sparsity",
+        type=number(0, 1),
+        nargs="+",
+        default=[0.97],
+        help="fractions of the encoder's kernels to drop",
+    )
     parser.add_argument(
         "--table",
         nargs="?",
@@ -185,28 +203,81 @@ def parse() -> argparse.Namespace:
         "by default those that come with the example",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=count, default=1000)
     parser.add_argument(
         "--layers", type=int, default=2, help="the first so many of 6; default 2"
     )
     for name, what in (
-        ("train", "sentences and labels, .tsv or .csv, .gz or not; default: made here"),
+        (
+            "train",
+            "a header line, then a sentence and a label on each; .tsv or .csv, .gz or "
+            "not; default: a task that is made here",
+        ),
         ("dev", "the same, to try on; default: an eighth of the training sentences"),
         ("test", "the same, to test on; default: as dev"),
     ):
-        parser.add_argument(f"--{name}", type=pathlib.Path, help=what)
+        parser.add_argument(f"--{name}", type=file, help=what)
     parser.add_argument("--task", help="its name in tables; default: the folder's")
     parser.add_argument("--model", help="folder of another BERT")
     parser.add_argument("--length", type=int, default=64, help="most tokens")
     parser.add_argument("--out", default="runs/minilm")
-    parser.add_argument("--save-every", type=int, default=500, help="steps")
-    parser.add_argument("--batch", type=int)
-    for name in ("learning-rate", "score-rate", "from-magnitude", "begin", "end"):
-        parser.add_argument(f"--{name}", type=float)
-    parser.add_argument("--regrow", action=argparse.BooleanOptionalAction)
-    parser.add_argument("--allocation", choices=["uniform", "global"])
-    parser.add_argument("--distill", type=float, help="weight in the loss, in [0, 1]")
-    return parser.parse_args()
+    parser.add_argument("--save-every", type=count, default=500, help="steps")
+    parser.add_argument("--batch", type=count, help="sentences a step")
+    scored = f"for {' and '.join(train.TRAINED)} only"
+    for name, most, what in (
+        ("learning-rate", math.inf, "of the weights, at its peak"),
+        ("score-rate", math.inf, f"of the scores; {scored}"),
+        ("from-magnitude", math.inf, f"how much of it scores start with; {scored}"),
+        ("begin", 1, "of pruning, as a fraction of the steps"),
+        ("end", 1, "of pruning, as a fraction of the steps"),
+        ("distill", 1, "weight of the dense model's answers in the loss"),
+    ):
+        parser.add_argument(f"--{name}", type=number(0, most), help=what)
+    parser.add_argument(
+        "--regrow",
+        action=argparse.BooleanOptionalAction,
+        help="pruned weights may return; always so for soft",
+    )
+    parser.add_argument(
+        "--allocation",
+        choices=["uniform", "global"],
+        help="of the sparsity; always global for soft",
+    )
+    arguments = parser.parse_args()
+    if DENSE not in arguments.criteria or len(arguments.criteria) > 1:
+        if arguments.layers == 0:
+            parser.error("--layers 0 leaves nothing to prune: give --criteria dense")
+        if max(arguments.sparsity) == 1:
+            parser.error("--sparsity must be below 1, or nothing is left")
+    return arguments
+
+
+def number(least: float, most: float) -> Callable[[str], float]:
+    """Reads a number of an interval from the command line."""
+
+    def read(text: str) -> float:
+        value = float(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not in [{least}, {most}]")
+        return value
+
+    return read
+
+
+def count(text: str) -> int:
+    """Reads a whole number that is at least 1 from the command line."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return value
+
+
+def file(text: str) -> pathlib.Path:
+    """Reads the path of a file that is there from the command line."""
+    path = pathlib.Path(text)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {text}")
+    return path
 
 
 if __name__ == "__main__":

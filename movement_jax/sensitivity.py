@@ -100,6 +100,8 @@ class Fisher:
     be wrapped (``inner=``) and have a second moment: a state with a field ``nu``, as
     those of ``optax.adam``, ``adamw``, ``nadam``, ``lamb`` and ``rmsprop``, also inside
     ``chain`` and ``partition``. It takes the moment with this step's gradient in it.
+    The optimizer sees no gradient of pruned weights, whose moment fades: with
+    ``regrow=True`` hardly any comes back, where :class:`Sensitivity` revives many.
 
     Raises:
       ValueError: at ``init``, if the optimizer has no second moment of a prunable

@@ -354,3 +354,115 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(tiny, tmp_path):
     for a, b in zip(whole, again, strict=True):
         assert a["setting"] == b["setting"]
         assert (a["fingerprint"], a["dev"]) == (b["fingerprint"], b["dev"])
+
+
+@pytest.fixture(scope="module")
+def training(minilm):
+    """The modules that train and that read the command line."""
+    del minilm
+    sys.path.insert(0, str(SCRIPT.parent))
+    try:
+        import _minilm_train
+        import finetune_minilm
+    finally:
+        sys.path.remove(str(SCRIPT.parent))
+    return _minilm_train, finetune_minilm
+
+
+def setting_of(main, monkeypatch, *arguments, **told):
+    monkeypatch.setattr(sys, "argv", ["finetune_minilm.py", *map(str, arguments)])
+    parsed = main.parse()
+    told = {"task": "t", "data": "0", "layers": 1} | told
+    return main.setting_of(parsed, parsed.criteria[0], parsed.sparsity[0], 0, **told)
+
+
+def test_what_differs_in_anything_has_another_folder(training, monkeypatch):
+    _, main = training
+    a = setting_of(main, monkeypatch)
+    others = [
+        setting_of(main, monkeypatch, "--length", 32),
+        setting_of(main, monkeypatch, data="1"),
+        setting_of(main, monkeypatch, task="情感"),
+        setting_of(main, monkeypatch, task="主题"),
+        setting_of(main, monkeypatch, "--criteria", "soft"),
+    ]
+    assert len({s.name for s in (a, *others)}) == 1 + len(others)
+    assert a.name == setting_of(main, monkeypatch).name
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--distill 1.5",
+        "--steps 0",
+        "--sparsity 97",
+        "--sparsity 1",
+        "--sparsity nan",
+        "--end 2",
+        "--save-every 0",
+        "--train nowhere.tsv",
+        "--layers 0",
+    ],
+)
+def test_an_argument_out_of_range_is_refused_at_once(
+    training, monkeypatch, capsys, arguments
+):
+    with pytest.raises(SystemExit):
+        setting_of(training[1], monkeypatch, *arguments.split())
+    assert arguments.split()[0] in capsys.readouterr().err
+
+
+def test_other_sentences_labels_and_lengths_have_other_fingerprints(tmp_path, minilm):
+    module, data = minilm
+    marks = set()
+    for i, text in enumerate(["a b\t0\nc\t1", "a b\t1\nc\t0", "a\t0\nc\t1"]):
+        (tmp_path / f"{i}.tsv").write_text(f"sentence\tlabel\n{text}\n\n")
+        path = tmp_path / f"{i}.tsv"
+        task = data.read_task(
+            lambda rows: [[*map(ord, r)] for r in rows], "t", path, path
+        )
+        marks.add(task.fingerprint())
+        assert task.options == f"--train {i}.tsv --dev {i}.tsv --task t"
+    assert len(marks) == 3
+    (tmp_path / "one.tsv").write_text("sentence\tlabel\na\t0\n")
+    with pytest.raises(SystemExit, match="two labels"):
+        data.read_task(lambda rows: [[1] for _ in rows], "t", tmp_path / "one.tsv")
+    (tmp_path / "none.tsv").write_text("sentence\tlabel\n")
+    with pytest.raises(SystemExit, match="no sentences in dev"):
+        path = tmp_path / "0.tsv"
+        data.read_task(lambda r: [[1] for _ in r], "t", path, tmp_path / "none.tsv")
+
+
+def test_sentences_longer_than_the_model_has_places_are_refused(tiny, minilm):
+    with pytest.raises(SystemExit, match=r"--length.*\[2, 64\], got 65"):
+        minilm[0].MiniLM(tiny[0], length=PLACES + 1)
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_its_model_is_written_goes_on(
+    tiny, minilm, training, monkeypatch, tmp_path, capsys
+):
+    module, data = minilm
+    train, main = training
+    model = module.MiniLM(tiny[0], layers=1)
+    files = (tiny[0] / f"{part}.tsv" for part in ("train", "dev"))
+    task = data.read_task(model.tokenize, "t", *files)
+    setting = setting_of(
+        *(main, monkeypatch, "--criteria", "magnitude", "--steps", 20, "--batch", 16)
+    )
+    save = mj.checkpoint.save
+
+    def fails(directory, *rest):
+        if directory.name == "model":
+            raise KeyboardInterrupt
+        save(directory, *rest)
+
+    monkeypatch.setattr(mj.checkpoint, "save", fails)
+    with pytest.raises(KeyboardInterrupt):
+        main.finished(model, task, setting, tmp_path, 8)
+    monkeypatch.setattr(mj.checkpoint, "save", save)
+    found = main.finished(model, task, setting, tmp_path, 8)
+    assert "resumed at step 16" in capsys.readouterr().out
+    whole = main.finished(model, task, setting, tmp_path / "whole", 8)
+    assert found["fingerprint"] == whole["fingerprint"]
+    assert not (tmp_path / setting.name / "checkpoint").exists()
