@@ -305,14 +305,29 @@ def _read_manifest(directory: Any, step: int, where: str) -> dict[str, Any]:
     try:
         manifest = dict(_metadata(directory, step).custom_metadata)
         seal = manifest.pop("seal")
+        whole = _sealed(manifest)["seal"] == seal and _is_manifest(manifest, step)
     except Exception as error:
         raise CheckpointError(
             f"{where}: its manifest cannot be read ({_first_line(error)}). It was "
             "damaged, or not written by `movement_jax.checkpoint.save`."
         ) from error
-    if _sealed(manifest)["seal"] != seal or manifest.get("format") != _FORMAT:
+    if not whole:
         raise CheckpointError(f"{where}: its manifest was damaged.")
     return manifest
+
+
+def _is_manifest(found: dict[str, Any], step: int) -> bool:
+    """Whether it says what ours say: anyone can seal anything."""
+    texts = [found["config"], found["fingerprint"]]
+    numbers = [found["format"], found["step"]]
+    for shape, dtype, digest in found["leaves"].values():
+        texts += [dtype, digest]
+        numbers += shape
+    return (
+        all(type(text) is str for text in texts)
+        and all(type(number) is int for number in numbers)
+        and numbers[:2] == [_FORMAT, step]
+    )
 
 
 def _refuse_links(directory: Any, step: int, where: str) -> None:

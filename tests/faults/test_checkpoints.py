@@ -301,12 +301,15 @@ def zero_a_page(content, rng):
 
 
 @pytest.mark.parametrize("damage", [flip_a_bit, cut_the_end, zero_a_page])
-def test_F8_F9_F10_damage_to_any_file_is_told_or_does_none(tmp_path, damage):
+def test_F8_F9_F10_damage_to_any_file_is_told_or_does_none(
+    tmp_path, damage, record_property
+):
     original, rng = trained(), random.Random(1)
     mj.checkpoint.save(tmp_path / "good", 3, original)
     files = [p for p in files_of(tmp_path / "good", 3) if p.stat().st_size]
     for n, path in enumerate(files * 4):
         verdict = damaged(Ours, tmp_path, n, path, rng, original, damage)
+        record_property("R11", (int(verdict is False), 1))
         assert verdict is not False, path
 
 
@@ -587,3 +590,39 @@ def test_a_manifest_of_a_stranger_is_read_as_data(tmp_path):
     path.write_text("[" * 100_000)
     with pytest.raises(CheckpointError, match="manifest cannot be read"):
         mj.checkpoint.restore(tmp_path, like=fresh())
+
+
+ODD = [None, True, -1, 2**70, 0.5, "", "x", "../..", [], {}, [[[]]], {"a": {}}, "float9"]
+
+
+def changed(value, rng):
+    """A copy of what JSON holds with one thing in it replaced, renamed or gone."""
+    if not isinstance(value, dict | list) or not value or rng.random() < 0.1:
+        return rng.choice(ODD)
+    copy, how = value.copy(), rng.random()
+    at = rng.choice([*value]) if isinstance(value, dict) else rng.randrange(len(value))
+    if how < 0.1:
+        del copy[at]
+    elif how < 0.2 and isinstance(value, dict):
+        copy[rng.choice(["", "x", at + "/", "../" + at])] = copy.pop(at)
+    else:
+        copy[at] = changed(value[at], rng)
+    return copy
+
+
+def test_whatever_a_stranger_seals_is_refused_or_does_no_harm(tmp_path, record_property):
+    original, rng, verdicts = trained(), random.Random(0), []
+    mj.checkpoint.save(tmp_path, 3, original)
+    path = tmp_path / "3" / "_CHECKPOINT_METADATA"
+    whole = json.loads(path.read_text())
+    manifest = {k: v for k, v in whole["custom_metadata"].items() if k != "seal"}
+    for n in range(400):
+        other = changed(manifest if n % 4 else whole, rng)
+        if n % 4:
+            sealed = mj.checkpoint._sealed(other) if isinstance(other, dict) else other
+            other = {**whole, "custom_metadata": sealed}
+        path.write_text(json.dumps(other))
+        verdicts.append(refused(Ours, tmp_path, original))
+    record_property("R11", (verdicts.count(False), len(verdicts)))
+    assert False not in verdicts
+    assert verdicts.count(True) > 300
