@@ -230,8 +230,7 @@ def _tops(
     """Which groups of each tensor stay, and the new thresholds."""
     allocation, thresholds = state.config.allocation, state.thresholds
     if target.sparsity is None:
-        if starts is None:
-            starts = counting.segment_starts(groups, state.step >> 31)
+        assert starts is not None  # on a schedule only is it not known
         n_drop, common = threshold.drop_at_zero(
             allocation, groups, worth, alive, starts
         )

@@ -277,22 +277,29 @@ def _tries(
     the interval, as far as that helps; then the interval is cut into equal parts.
     """
     low, high = now.low, now.high
-    missing = goal.rest(now.count_low)
-    between = jnp.maximum(missing - goal.rest(now.count_high), 1)
     width = distance(low, high)
     even = (passes < _GUESSES) & (width > 2 * candidates + 2) & (width <= _EVEN)
     length = jnp.where(even, width, 2).astype(jnp.float32)
-    part = jnp.clip((missing - 0.5) / between, 0, 1)
-    error = jnp.sqrt(part * (1 - part) / between) + 0.5 / between
-    spread = np.array(_SPREAD[candidates], np.float32)[:, None]
-    guess = part * length + spread * jnp.maximum(error * length, 1)
-    guess = low + jnp.clip(guess, 1, length - 1).astype(jnp.int32)
-    tries = jnp.where(even, guess, split(low, high, candidates))
+    guess = jnp.clip(_guess(now, goal, length, candidates), 1, length - 1)
+    tries = split(low, high, candidates)
+    tries = jnp.where(even, low + guess.astype(jnp.int32), tries)
     if hint is None:
         return tries
     # Short of `high`: beyond +inf nothing would be counted, and the search not end.
     around = jnp.clip(hint + _REACH[:, None], low, high - 1)
     return jnp.where((hint > NO_KEY) & (passes == 0), around, tries)
+
+
+def _guess(
+    now: _Search, goal: _Each | _Together, length: jax.Array, candidates: int
+) -> jax.Array:
+    """How far from ``now.low`` the values may lie, of a length; any guess will do."""
+    missing = goal.rest(now.count_low)
+    between = jnp.maximum(missing - goal.rest(now.count_high), 1)
+    part = jnp.clip((missing - 0.5) / between, 0, 1)
+    error = jnp.sqrt(part * (1 - part) / between) + 0.5 / between
+    spread = np.array(_SPREAD[candidates], np.float32)[:, None]
+    return part * length + spread * jnp.maximum(error * length, 1)
 
 
 def _narrow(

@@ -165,7 +165,8 @@ def test_a_search_ends_after_few_passes_whatever_the_scores_and_the_hint(
             took(scores, n_drop, jnp.int32(TOP_KEY - 1))
             took(scores, n_drop, -hint)
     smooth = [(name, n) for name, n in cold if name in ("normal", "uniform")]
-    assert np.mean([warm[key] for key in smooth]) < 5
+    assert np.mean([cold[key] for key in smooth]) < 7.2
+    assert np.mean([warm[key] for key in smooth]) < 3.2
     with capsys.disabled():
         print(f"\npasses: {np.mean([*cold.values()]):.1f} cold", end=", ")
         print(f"{np.mean([*warm.values()]):.1f} warm, of smooth scores", end=" ")
@@ -288,6 +289,14 @@ def test_a_tensor_too_large_to_count_is_refused_by_name():
         allocation.check([Tensor("huge", (2**16, 2**15), stacked=1)])
     with pytest.raises(ValueError, match="at most 32768 slices: \\['huge'\\]"):
         mj.Global().check([huge])
+
+
+def test_an_array_as_large_as_a_count_can_be_is_ranked():
+    array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    most = jax.eval_shape(mj.keep_top, array((2**31 - 1,)), array((), dtype=jnp.int32))
+    assert (most.shape, most.dtype) == ((2**31 - 1,), bool)
+    with pytest.raises(ValueError, match="`scores` has 2147483648 elements, more than"):
+        jax.eval_shape(mj.keep_top, array((2**31,)), array((), dtype=jnp.int32))
 
 
 def test_a_common_threshold_counts_tensors_too_large_for_one_number_by_slices():

@@ -178,6 +178,20 @@ def test_a_traced_sparsity_out_of_range_is_refused_and_counted(level):
     assert opt_state.sparsity == 0
 
 
+@pytest.mark.parametrize("level", [0.0, 1.0])
+def test_the_ends_of_the_range_are_within_it(level):
+    tx = mj.movement_pruning(
+        lambda step: level + 0.0 * step,
+        mj.Magnitude(),
+        allocation=mj.Uniform(min_keep=0),
+        regrow=True,
+        inner=optax.sgd(0.1),
+    )
+    _, opt_state = training_step(tx)[0](PARAMS, tx.init(PARAMS), noise(0))
+    assert (opt_state.events.refused, opt_state.events.changes) == (0, 1)
+    assert mj.sparsity_of(opt_state) == level
+
+
 def test_a_schedule_that_returns_a_percentage_is_refused():
     tx = mj.movement_pruning(lambda step: 80.0, mj.Magnitude())
     with pytest.raises(ValueError, match="got 80.0. Did you mean 0.8?"):
