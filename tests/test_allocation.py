@@ -178,6 +178,14 @@ def test_a_wrong_argument_is_refused_with_the_reason(make, error, message):
         make()
 
 
+def test_too_many_weights_of_one_tensor_in_groups_of_a_size_are_refused():
+    tensors = [Tensor("a", (2**29,), block=(8,)), Tensor("b", (4,), block=(1,))]
+    with pytest.raises(
+        ValueError, match=r"`Global\(\)` with groups of different sizes"
+    ):
+        mj.Global().n_drop(Target(0.5), tensors, [], None)
+
+
 def test_too_many_weights_for_one_density_scale_are_refused():
     tensors = [Tensor("a", (2**30,)), Tensor("b", (2**30,))]
     with pytest.raises(ValueError, match=r"`ErdosRenyi\(\)` counts 2147483648"):

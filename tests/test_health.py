@@ -315,6 +315,34 @@ def test_refused_changes_are_reported():
     assert finding(report, "changes").figure == 2
 
 
+def test_churn_is_the_fraction_that_changed_places():
+    tx = mj.movement_pruning(0.5, mj.Magnitude(), inner=optax.sgd(1.0), regrow=True)
+    params = {"kernel": jnp.arange(1.0, 9.0).reshape(2, 4)}
+    opt_state = tx.init(params)
+    grads = {"kernel": jnp.zeros((2, 4))}
+    _, opt_state = tx.update(grads, opt_state, params)
+    assert opt_state.events.churn == 0  # four went, as was asked for
+    grads = {"kernel": jnp.zeros((2, 4)).at[1, 3].set(7.5)}  # the most, now the least
+    _, opt_state = tx.update(grads, opt_state, params)
+    assert opt_state.events.churn == 2 / 8
+
+
+def test_what_cannot_be_measured_yet_is_a_note():
+    tx = mj.movement_pruning(track_start=True, track_noise=True)
+    params = {"kernel": jnp.zeros((2, 4))}
+    report = mj.health((params, tx.init(params)))
+    assert "No noise was measured yet" in finding(report, "noise").message
+    assert "initial weights are zero" in finding(report, "movement").message
+
+
+def test_weights_that_stand_still_are_no_weak_signal():
+    tx = mj.movement_pruning(None, mj.Random(0), track_noise=True)
+    params = {"kernel": jnp.ones((2, 4))}
+    _, opt_state = tx.update({"kernel": jnp.zeros((2, 4))}, tx.init(params), params)
+    found = finding(mj.health((params, opt_state)), "noise")
+    assert (found.level, found.message) == ("ok", "The weights do not move.")
+
+
 @pytest.mark.parametrize(("churn", "level"), [(0.2, "warning"), (0.01, "ok")])
 def test_churn_above_a_twentieth_is_flagged(churn, level):
     state = with_events(pruned(regrow=True), churn=np.float32(churn))

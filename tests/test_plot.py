@@ -115,6 +115,11 @@ def test_the_quadrants_count_all_weights_and_draw_some(state):
     assert len(ax.lines) == 2  # both thresholds
 
 
+def test_no_points_are_refused(state):
+    with pytest.raises(ValueError, match="`max_points` must be at least 1, got 0"):
+        mj.plot.plot_quadrants(state, mj.Magnitude(), 0.5, max_points=0)
+
+
 def test_the_quadrants_take_masks(state):
     masks = mj.find_state(mj.prune(state, 0.5)[1]).masks
     ax = mj.plot.plot_quadrants(state, masks)

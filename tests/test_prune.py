@@ -1,4 +1,5 @@
 import dataclasses
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import chex
@@ -306,6 +307,11 @@ def pruned(sparsity, tx=TX):
             r"got list. For example `prune\(\(params, opt_state\), 0.8\)`",
         ),
         (lambda: mj.prune(TX.init(PARAMS)[1], 0.5), ValueError, "got MovementState"),
+        (
+            lambda: mj.prune(SimpleNamespace(params=PARAMS, opt_state=()), 0.5),
+            ValueError,
+            "`params` and `opt_state` that can be replaced.*got SimpleNamespace",
+        ),
         (
             lambda: mj.prune(({"kernel": jnp.ones((3, 2))}, TX.init(PARAMS)), 0.5),
             ValueError,

@@ -354,6 +354,16 @@ def test_F11_a_missing_file_is_told_or_does_no_harm(tmp_path):
     assert told >= 3
 
 
+def test_any_step_is_restored_and_verified_by_its_number(tmp_path):
+    for step in (1, 4, 9):
+        mj.checkpoint.save(tmp_path, step, trained(seed=step))
+    assert_same(mj.checkpoint.restore(tmp_path, fresh(), step=4), trained(seed=4))
+    assert list(mj.checkpoint.verify(tmp_path, step=4)) == [4]
+    assert list(mj.checkpoint.verify(tmp_path)) == [1, 4, 9]
+    with pytest.raises(CheckpointError, match="There is no checkpoint in"):
+        mj.checkpoint.verify(tmp_path / "none")
+
+
 def test_F12_what_does_not_fit_is_told_by_name(tmp_path):
     mj.checkpoint.save(tmp_path, 3, trained())
     with pytest.raises(CheckpointError, match=r"'params/bias' is float32\[16\]"):

@@ -430,6 +430,19 @@ ERRORS = {
         lambda: shrink.choose(GROUPS, {"up:1": np.ones(8)}, {"head": 0.5}),
         "decide nothing",
     ),
+    "no names": (lambda: shrink.choose(GROUPS, [X], 0.5), "`scores` maps names of gro"),
+    "scores of others": (
+        lambda: shrink.choose(GROUPS, {"up:1": np.ones(7)}, 0.5),
+        r"\['up:1'\] must have shape \(8,\), got \(7,\)",
+    ),
+    "part of it": (
+        lambda: GROUPS.dead({"up": PARAMS["up"]}),
+        r"`params` does not fit the groups: \['bias', 'down'\] missing",
+    ),
+    "part of what was cut": (
+        lambda: shrink.shrunk(model, PLAN)({"up": X}, X),
+        r"`params` does not fit the plan: \['bias', 'down'\] missing",
+    ),
     "scope": (lambda: shrink.choose(GROUPS, {}, 0.5, scope="all"), "`scope` must be"),
     "round": (lambda: shrink.choose(GROUPS, {}, 0.5, round_to=0), "`round_to` must"),
     "unknown": (lambda: shrink.choose(GROUPS, {"x": X}, 0.5), "no prunable groups"),

@@ -233,6 +233,42 @@ def test_unknown_primitives_pin_and_can_be_taught():
         shrink.register_rule("twice_of_a_test", dims=rules.elementwise)
 
 
+def test_a_rule_may_tell_of_zeros_and_run_the_primitive_on_what_is_left():
+    from jax.extend.core import Primitive
+    from jax.interpreters import mlir
+
+    from movement_jax.shrink import rules
+
+    # It adds an index below `size` to every entry that is not zero.
+    nudge = Primitive("nudge_of_a_test")
+
+    def run(x, *, size):
+        assert x.shape[-1] == size
+        return jnp.where(x == 0, 0, x + 1)
+
+    nudge.def_impl(run)
+    nudge.def_abstract_eval(lambda x, *, size: x)
+    mlir.register_lowering(nudge, mlir.lower_fun(run, False))
+    seen = []
+
+    def zeros(exactness, site, flows, before, after):
+        return flows
+
+    def rewrite(cutter, site, values, before, after):
+        seen.append(values[0].shape[-1])
+        return [nudge.bind(values[0], size=values[0].shape[-1])]
+
+    shrink.register_rule(
+        "nudge_of_a_test", dims=rules.elementwise, zero_flow=zeros, rewrite=rewrite
+    )
+    fn, params = layer(lambda x: nudge.bind(x, size=8))
+    groups = shrink.find_groups(fn, params, X)
+    assert groups["a:1"].status == "prunable"
+    plan = groups.plan({"a:1": np.arange(8) < 3})
+    assert shrink.verify(fn, params, plan, X).worst < 1e-5
+    assert set(seen) == {3}
+
+
 def test_equal_sizes_alone_couple_nothing():
     def fn(p, x):
         return jax.nn.relu(x @ p["a"]) @ p["b"] + jnp.tanh(x @ p["c"]) @ p["d"]
