@@ -397,6 +397,13 @@ def other(p, x):
     return jnp.sort(x @ p["up"] + p["bias"], -1) @ p["down"]
 
 
+def test_groups_mask_params_without_a_plan():
+    by_plan, by_groups = PLAN.mask(PARAMS), GROUPS.mask(PARAMS, KEEP)
+    for name, masked in by_groups.items():
+        np.testing.assert_array_equal(masked, by_plan[name])
+        assert np.any(masked == 0) == (name in ("up", "bias", "down"))
+
+
 def softmaxed(p, x):
     return jax.nn.softmax(x @ p["up"] + p["bias"]) @ p["down"]
 
