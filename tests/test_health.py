@@ -327,6 +327,22 @@ def test_churn_is_the_fraction_that_changed_places():
     assert opt_state.events.churn == 2 / 8
 
 
+@pytest.mark.parametrize(("before", "after"), [(6, 2), (2, 6)])
+def test_what_only_goes_or_only_comes_back_is_no_churn(before, after):
+    tx = mj.movement_pruning(
+        lambda step: jnp.where(step < 2, 1 - before / 8, 1 - after / 8),
+        mj.Magnitude(),
+        inner=optax.sgd(1.0),
+        regrow=True,
+    )
+    params = {"kernel": jnp.arange(1.0, 9.0).reshape(2, 4)}
+    opt_state = tx.init(params)
+    for kept in (before, after):
+        _, opt_state = tx.update({"kernel": jnp.zeros((2, 4))}, opt_state, params)
+        assert opt_state.masks["kernel"].sum() == kept
+        assert opt_state.events.churn == 0
+
+
 def test_what_cannot_be_measured_yet_is_a_note():
     tx = mj.movement_pruning(track_start=True, track_noise=True)
     params = {"kernel": jnp.zeros((2, 4))}
