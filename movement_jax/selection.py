@@ -181,9 +181,7 @@ def common_threshold(
     count_low, ties = found.count_low[0], (found.count_high - found.count_low)[0]
     missing = wide.minus(n_drop, wide.total(count_low))
     quota = wide.clipped(wide.minus(missing, wide.sums_after(ties)), ties)
-    anything = wide.at_least(n_drop, wide.from_int(1))
-    dropped = jnp.where(anything, (count_low + quota) // weigh[0], 0)
-    return dropped, found.high[0, 0]
+    return (count_low + quota) // weigh[0], found.high[0, 0]
 
 
 # One search per segment, all in one loop: every field has shape `(1, segments)`.
@@ -277,12 +275,9 @@ def _tries(
     the interval, as far as that helps; then the interval is cut into equal parts.
     """
     low, high = now.low, now.high
-    width = distance(low, high)
-    even = (passes < _GUESSES) & (width > 2 * candidates + 2) & (width <= _EVEN)
-    length = jnp.where(even, width, 2).astype(jnp.float32)
-    guess = jnp.clip(_guess(now, goal, length, candidates), 1, length - 1)
-    tries = split(low, high, candidates)
-    tries = jnp.where(even, low + guess.astype(jnp.int32), tries)
+    even, guess = _guess(now, goal, passes, candidates)
+    guess = jnp.clip(low + guess, low + 1, high - 1)
+    tries = jnp.where(even, guess, split(low, high, candidates))
     if hint is None:
         return tries
     # Short of `high`: beyond +inf nothing would be counted, and the search not end.
@@ -291,15 +286,19 @@ def _tries(
 
 
 def _guess(
-    now: _Search, goal: _Each | _Together, length: jax.Array, candidates: int
-) -> jax.Array:
-    """How far from ``now.low`` the values may lie, of a length; any guess will do."""
+    now: _Search, goal: _Each | _Together, passes: jax.Array, candidates: int
+) -> tuple[jax.Array, jax.Array]:
+    """Whether to guess, and how far from ``now.low``, int32; any guess will do."""
+    width = distance(now.low, now.high)
+    even = (passes < _GUESSES) & (width > 2 * candidates + 2) & (width <= _EVEN)
+    length = jnp.where(even, width, 2).astype(jnp.float32)
     missing = goal.rest(now.count_low)
     between = jnp.maximum(missing - goal.rest(now.count_high), 1)
     part = jnp.clip((missing - 0.5) / between, 0, 1)
     error = jnp.sqrt(part * (1 - part) / between) + 0.5 / between
     spread = np.array(_SPREAD[candidates], np.float32)[:, None]
-    return part * length + spread * jnp.maximum(error * length, 1)
+    guess = part * length + spread * jnp.maximum(error * length, 1)
+    return even, guess.astype(jnp.int32)
 
 
 def _narrow(
@@ -308,7 +307,7 @@ def _narrow(
     enough, exact = goal.judge(counts)
     # One reduction of all: to XLA for CPU five programs else, each of which would make
     # its candidates anew.
-    lowest, highest = np.int32(-(2**31)), np.int32(2**31 - 1)
+    lowest, highest = np.int32(np.iinfo(np.int32).min), np.int32(np.iinfo(np.int32).max)
     found = lax.reduce(
         (
             jnp.where(enough, now.low, jnp.maximum(now.low, tries)),

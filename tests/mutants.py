@@ -22,6 +22,7 @@ _RANKING = (
     "tests/faults/test_fuzz.py",
     "tests/test_wide.py",
     "tests/test_selection.py",
+    "tests/test_allocation.py",
     "tests/test_manual_axes.py",
 )
 ROOMS = {  # what is changed, and the tests that should notice, quick ones first
@@ -44,6 +45,7 @@ ROOMS = {  # what is changed, and the tests that should notice, quick ones first
 }
 # How a search guesses: whatever these are, it ends at the same mask, only later.
 SPEED = {"CANDIDATES", "_TIES", "_REACH", "_SPREAD", "_EVEN", "_GUESSES", "_guess"}
+SPEED |= {"hint", "key_of"}
 SWAPS: dict[type, type] = {
     ast.Lt: ast.LtE,
     ast.LtE: ast.Lt,
@@ -111,7 +113,7 @@ def _code(node):
             continue
         for child in value if isinstance(value, list) else [value]:
             named = {getattr(t, "id", None) for t in getattr(child, "targets", [])}
-            named.add(getattr(child, "name", None))
+            named |= {getattr(child, "name", None), getattr(child, "arg", None)}
             if isinstance(child, ast.AST) and not named & SPEED:
                 yield child
                 yield from _code(child)
