@@ -434,8 +434,6 @@ def fraction(value: float | None) -> str:
 
 
 def _bytes(n: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.0f} B" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1000
-    return f"{n:.1f} TB"
+    power = min(int(math.log10(max(n, 1)) // 3), 4)
+    unit = ("B", "kB", "MB", "GB", "TB")[power]
+    return f"{n / 1000**power:.{min(power, 1)}f} {unit}"

@@ -216,8 +216,6 @@ class SoftMovement:
     def _constrain(self, values: Any, step: jax.Array) -> tuple[Any, jax.Array]:
         """Brings the score at the wanted quantile to the threshold; by what penalty."""
         named = _tree.named_leaves(values)
-        if not named:
-            return values, jnp.float32(0)
         tensors = [counting.Tensor(name, value.shape) for name, value in named]
         sizes = counting.sizes(tensors)
         n_drop = _allocation.drop_total(self._wanted(step), int(sizes.sum()))

@@ -120,6 +120,25 @@ def test_another_state_that_ranks_by_its_weights_uses_them():
     assert (report.total.both, report.total.only_a) == (0, 5)
 
 
+def test_the_state_of_a_longer_chain_brings_its_own_scores():
+    kernel = {"kernel": jnp.asarray(WEIGHTS[::-1, ::-1], jnp.float32)}
+    pruning = mj.movement_pruning(criterion=mj.EmaMagnitude())
+    tx = optax.chain(optax.clip(1.0), optax.sgd(0.0), pruning)
+    _, other = tx.update(kernel, tx.init(kernel), kernel)
+    state = state_of({"kernel": WEIGHTS}, mj.EmaMagnitude(), steps=1)
+    report = mj.agreement(state, other, 0.5)
+    assert (report.total.both, report.total.only_a) == (0, 5)
+
+
+def test_ranks_of_a_large_tensor_are_estimated_from_some_of_it():
+    kernel = np.random.default_rng(0).normal(size=(400, 400))
+    total = mj.agreement(state_of({"kernel": kernel}), mj.Random(), 0.5).total
+    # Magnitude prunes the lower half and random ranks do not know of it.
+    quartiles = np.array([0.125, 0.25, 0.375])
+    np.testing.assert_allclose(total.where_a.magnitude, quartiles, atol=0.01)
+    np.testing.assert_allclose(total.where_b.magnitude, quartiles + 0.5, atol=0.01)
+
+
 def test_an_optimizer_state_that_ranks_by_weights_needs_them():
     other = state_of({"kernel": WEIGHTS})[1]
     with pytest.raises(ValueError, match=r"\(other_params, other_opt_state\)"):

@@ -1,3 +1,5 @@
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -178,3 +180,30 @@ def test_a_save_that_silently_wrote_nothing_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(ocp1.training.Checkpointer, "save", lambda *_, **__: True)
     with pytest.raises(mj.CheckpointError, match="Step 2 was not written to .* is 1"):
         mj.checkpoint.save(tmp_path, 2, state)
+
+
+def test_a_path_of_a_bucket_is_left_as_it_is_and_not_locked(tmp_path, monkeypatch):
+    from movement_jax import checkpoint
+
+    monkeypatch.chdir(tmp_path)  # stands in for the bucket
+    monkeypatch.setattr(checkpoint, "_in_bucket", lambda directory: True)
+    assert checkpoint._path("gs://bucket/run") == "gs://bucket/run"
+    path = str(tmp_path / "run")
+    mj.checkpoint.save(path, 1, {"x": jnp.arange(3.0)})
+    restored = mj.checkpoint.restore(path, like={"x": jnp.zeros(3)})
+    np.testing.assert_array_equal(restored["x"], [0, 1, 2])
+    assert [name for name in os.listdir(path) if "lock" in name] == []
+
+
+def test_several_processes_must_say_where_arrays_are_to_be(tmp_path, monkeypatch):
+    from movement_jax import checkpoint
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="must say where it is to be.*a sharding"):
+        checkpoint._target(jax.ShapeDtypeStruct((3,), jnp.float32))
+
+
+def test_leaves_of_one_path_have_no_fingerprint():
+    twice = {"a/b": jnp.ones(2), "a": {"b": jnp.zeros(2)}, "c": jnp.ones(1)}
+    with pytest.raises(ValueError, match="a/b"):
+        mj.fingerprint(twice)

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -111,6 +112,12 @@ def test_the_running_average_equals_numpy_after_200_steps():
         ]
     for got, want in zip(kernels(history[-1][1].scores), average):
         np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_a_half_life_goes_through_a_replaced_field():
+    criterion = mj.EmaMagnitude(half_life=5)
+    assert dataclasses.replace(criterion) == criterion
+    assert criterion.decay == 0.5 ** (1 / 5)
 
 
 def test_half_of_a_score_is_forgotten_after_its_half_life():

@@ -67,6 +67,20 @@ def test_a_sound_run_on_a_schedule_is_healthy():
     assert mj.health(state).ok
 
 
+def test_a_tensor_without_noise_has_no_ratio_beside_one_that_has():
+    start = {"a": {"kernel": jnp.ones((4, 4))}, "b": {"kernel": jnp.ones((4, 4))}}
+
+    def grads(params, key):
+        noise = jax.random.normal(key, (4, 4))
+        return {"a": {"kernel": noise}, "b": {"kernel": jnp.zeros((4, 4))}}
+
+    pruning = mj.movement_pruning(track_start=True, track_noise=True)
+    report = mj.health(run(optax.chain(optax.sgd(0.1), pruning), start, grads, 20))
+    assert [row.snr is None for row in report.tensors] == [False, True]
+    *_, line = (row for row in str(report).splitlines() if "b/kernel" in row)
+    assert " - " in line
+
+
 @pytest.mark.parametrize("pruned", [False, True])
 def test_a_high_learning_rate_drowns_the_scores_in_noise(pruned):
     state = noisy_run(1.0, noise=0.2)

@@ -56,8 +56,8 @@ def test_pruning_by_hand_does_too(two, alone):
 def test_all_processes_have_one_fingerprint_and_tell_copies_that_differ(two, alone):
     for report in two[0]:
         assert report["fingerprint"] == alone["fingerprint"]
-        assert "1 of 2 arrays differ" in report["differing"]
-        assert "copies/b" in report["differing"]
+        assert "2 of 4 arrays differ" in report["differing"]
+        assert "copies/b, copies/c" in report["differing"]
 
 
 def test_each_process_holds_its_part_of_the_state(two):
@@ -275,6 +275,7 @@ def child(job):
         name: jax.make_array_from_callback((4,), replicated, value.__getitem__)
         for name, value in {"a": np.zeros(4, np.float32), "b": mine}.items()
     }
+    copies |= {"c": mine, "d": 1.0}
     try:
         mj.assert_same_everywhere({"copies": copies})
     except ValueError as error:

@@ -12,6 +12,7 @@ import pytest
 from flax.training.train_state import TrainState
 
 import movement_jax as mj
+from movement_jax.report import _bytes
 
 # Pruned at 0.5 by magnitude, the four lowest go: all of row 1 and of column 2.
 KERNEL = np.array([[8.0, -7.0, 0.3], [0.1, 0.2, -0.4]], np.float32)
@@ -225,3 +226,19 @@ def test_a_state_without_pruning_is_refused():
     params = {"kernel": jnp.asarray(KERNEL)}
     with pytest.raises(ValueError, match="Found no `movement_pruning` state"):
         mj.summary((params, optax.sgd(0.1).init(params)))
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (2_550_000, "2.5 MB"),
+        (7.1e9, "7.1 GB"),
+        (1.2e12, "1.2 TB"),
+        (3.4e15, "3400.0 TB"),
+    ],
+)
+def test_bytes_are_shown_in_thousands(count, shown):
+    assert _bytes(count) == shown

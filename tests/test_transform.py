@@ -92,6 +92,12 @@ def test_the_end_is_reached_off_the_grid():
     )
 
 
+def test_updates_without_the_weights_are_refused():
+    tx = mj.movement_pruning(0.5)
+    with pytest.raises(ValueError, match="updates"):
+        tx.update({}, tx.init(PARAMS), PARAMS)
+
+
 def test_pruned_weights_never_return_unless_regrowth_is_on():
     pruning = mj.movement_pruning(mj.linear(0.8, 0, 40), mj.Magnitude())
     tx = optax.chain(optax.sgd(0.5, 0.9), pruning)

@@ -56,8 +56,6 @@ def expand(layout: Layout) -> Layout:
         atom = _root(atom)
         if atom.factors is not None:
             out += expand(atom.factors)
-        elif atom.segments is not None and len(atom.segments) == 1:
-            out += expand(atom.segments[0])
         else:
             out.append(atom)
     return tuple(out)

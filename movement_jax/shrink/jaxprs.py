@@ -188,11 +188,6 @@ def is_literal(var: Var) -> bool:
     return isinstance(var, core.Literal)
 
 
-def is_dropped(var: Var) -> bool:
-    """Whether a result is never used."""
-    return type(var).__name__ == "DropVar"
-
-
 def is_inexact(x: Any) -> bool:
     """Whether an array has a derivative."""
     return jnp.issubdtype(x.dtype, jnp.inexact)

@@ -301,6 +301,15 @@ def test_summary_tells_of_units():
     }
 
 
+def test_what_a_common_threshold_asks_of_a_tensor_is_not_known():
+    allocation = mj.Global()
+    tx = mj.movement_pruning(
+        None, mj.Magnitude(), structure=GROUPS, allocation=allocation
+    )
+    found = mj.summary(PRUNE((PARAMS, tx.init(PARAMS)), 0.5))
+    assert {row.asked for row in found.tensors} == {None}
+
+
 def test_training_goes_on_after_the_cut_with_the_units_that_are_left():
     tx = optax.chain(
         optax.adamw(1e-2, eps=1e-4), mj.movement_pruning(0.5, structure=GROUPS)
