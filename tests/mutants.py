@@ -14,10 +14,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
-TIMEOUT = 300  # seconds
+PATIENCE = 3  # times as long as the tests of a room take is a change that hangs
 _RANKING = (
     "tests/faults/test_fuzz.py",
     "tests/test_wide.py",
@@ -134,7 +135,7 @@ def _changes(node):
         yield "value", node.value + 1
 
 
-def notices(copy, room):
+def notices(copy, room, timeout=None):
     """Whether the tests of a room fail in a copy of the project; None if they hang."""
     tests = [sys.executable, "-m", "pytest", *ROOMS[room]]
     options = ["-x", "-q", "-n0", "-p", "no:cacheprovider"]
@@ -151,7 +152,7 @@ def notices(copy, room):
             cwd=copy,
             env=environment,
             capture_output=True,
-            timeout=TIMEOUT,
+            timeout=timeout,
             check=False,
         )
     except subprocess.TimeoutExpired:
@@ -169,7 +170,7 @@ def main():
     count = min(arguments.sample, len(everything))
     sample = random.Random(arguments.seed).sample(everything, count)
     sample.sort(key=lambda mutant: arguments.rooms.index(mutant.room))
-    killed, survivors, hanging, passed = 0, [], [], set()
+    killed, survivors, hanging, seconds = 0, [], [], {}
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder)
         for name in ("movement_jax", "tests"):
@@ -178,12 +179,14 @@ def main():
         for mutant in sample:
             path = copy / "movement_jax" / mutant.room
             original = (ROOT / "movement_jax" / mutant.room).read_text()
-            if ROOMS[mutant.room] not in passed:
+            if ROOMS[mutant.room] not in seconds:
+                start = time.monotonic()
                 if notices(copy, mutant.room) is not False:
                     sys.exit(f"The tests of {mutant.room} do not pass as it is.")
-                passed.add(ROOMS[mutant.room])
+                seconds[ROOMS[mutant.room]] = time.monotonic() - start
+            timeout = PATIENCE * seconds[ROOMS[mutant.room]] + 60
             path.write_text(mutant.source())
-            noticed = notices(copy, mutant.room)
+            noticed = notices(copy, mutant.room, timeout)
             path.write_text(original)
             killed += noticed is True
             survivors += [mutant] if noticed is False else []
