@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from movement_jax import counting, grouping, masking, position, selection
+from movement_jax import counting, grouping, masking, packing, position, selection
 from movement_jax import structure as _structure
 from movement_jax import tree as _tree
 from movement_jax.state import MovementState, PruningConfig, tensors_of
@@ -19,6 +19,7 @@ from movement_jax.units import Units
 
 def on_schedule(
     state: MovementState,
+    carried: Any,
     updates: Any,
     params: Any,
     weights: Any,
@@ -26,11 +27,12 @@ def on_schedule(
     inner: optax.GradientTransformationExtraArgs,
     finite: jax.Array,
     seen_alive: jax.Array,
-) -> tuple[MovementState, Any]:
+) -> tuple[MovementState, Any, Any]:
     """Exchanges weights if the criterion says so.
 
     Args:
       state: after masks changed by the schedule, with the new state of the optimizer.
+      carried: its masks as they are kept, packed or not.
       updates: of the optimizer.
       params: all of them, as they enter the step.
       weights: those with holes like ``state.masks``.
@@ -41,13 +43,13 @@ def on_schedule(
 
     Returns:
       The state with new masks, and with what the optimizer remembers of weights that
-      grew put back to its beginning. Updates that are zero for all prunable tensors, if
-      weights were exchanged.
+      grew put back to its beginning; its masks as they are kept; updates that are zero
+      for all prunable tensors, if weights were exchanged.
     """
     criterion: Any = state.config.criterion
-    masks, treedef = jax.tree.flatten(state.masks)
-    if not hasattr(criterion, "exchange") or not masks:
-        return state, updates
+    treedef = jax.tree.structure(state.masks)
+    if not hasattr(criterion, "exchange") or not treedef.num_leaves:
+        return state, carried, updates
     fraction = criterion.exchange(state.step + 1)
     due = finite & (fraction > 0)
     groups = _structure.ranked_groups(state.config.structure, tensors_of(state))
@@ -57,8 +59,10 @@ def on_schedule(
     owners = _owners(state.inner_state, params, state.masks)
 
     def change(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        _, masks, memory, updates, thresholds, churn, alive = carry
-        before = state._replace(masks=treedef.unflatten(masks), thresholds=thresholds)
+        _, carried, memory, updates, thresholds, churn, alive = carry
+        masks = packing.unpack(carried)
+        before = state._replace(masks=masks, thresholds=thresholds)
+        masks = jax.tree.leaves(masks)
         growth = criterion.growth(state.scores, weights, grads)
         new, thresholds = _swapped(before, weights, growth, fraction, starts)
         grown = [now & ~old for now, old in zip(new, masks)]
@@ -70,26 +74,27 @@ def on_schedule(
         now = position.total(new, weights, state.config.axis_name)
         alive = position.after_change(alive, seen_alive, now)
         updates = jax.tree.map(jnp.zeros_like, updates)
-        return jnp.bool_(False), new, memory, updates, thresholds, churn, alive
+        kept = packing.like(carried, treedef.unflatten(new))
+        return jnp.bool_(False), kept, memory, updates, thresholds, churn, alive
 
     # A loop of zero or one trips, as in `masking.on_schedule`. Updates go through it so
     # that they are made before what they are made from is put back.
     events, touched = state.events, {i: memory[i] for i in owners}
     own_updates = _tree.punch(state.masks, updates, "updates")
-    carry = (masks, touched, own_updates, state.thresholds, events.churn, events.alive)
-    _, masks, touched, own_updates, thresholds, churn, alive = lax.while_loop(
-        lambda carry: carry[0], change, (due, *carry)
+    rest = (state.thresholds, events.churn, events.alive)
+    _, carried, touched, own_updates, thresholds, churn, alive = lax.while_loop(
+        lambda carry: carry[0], change, (due, carried, touched, own_updates, *rest)
     )
     memory = [touched.get(i, leaf) for i, leaf in enumerate(memory)]
     state = state._replace(
-        masks=treedef.unflatten(masks),
+        masks=packing.unpack(carried),
         thresholds=thresholds,
         inner_state=rebuild.unflatten(memory),
         events=events._replace(
             changes=events.changes + due.astype(jnp.int32), churn=churn, alive=alive
         ),
     )
-    return state, _filled(own_updates, updates)
+    return state, carried, _filled(own_updates, updates)
 
 
 def check(criterion: Any, inner: Any, regrow: bool) -> None:

@@ -323,11 +323,9 @@ def _movement(
     if getattr(found.config.criterion, "needs_gradients", False):
         message = f"{gist}; scores from gradients do not need them to move far."
         return measured, Finding("ok", name, ratio, message)
-    if ratio >= LEAST_MOVEMENT and not low:
+    if not low:
         return measured, Finding("ok", name, ratio, f"{gist}.")
-    where = f"those of {len(low)} of {len(rows)} tensors" if low else "all together"
-    if low:
-        where += f" ({_listed(low)})"
+    where = f"those of {len(low)} of {len(rows)} tensors ({_listed(low)})"
     message = (
         f"{gist}, {where} less than {LEAST_MOVEMENT:.0%}: their scores still rank the "
         "initial weights, so train longer or raise the learning rate before pruning."

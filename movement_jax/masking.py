@@ -10,7 +10,15 @@ import optax
 from jax import lax
 
 from movement_jax import allocation as _allocation
-from movement_jax import counting, grouping, position, schedules, selection, threshold
+from movement_jax import (
+    counting,
+    grouping,
+    packing,
+    position,
+    schedules,
+    selection,
+    threshold,
+)
 from movement_jax import structure as _structure
 from movement_jax.counting import Tensor
 from movement_jax.criteria import Magnitude
@@ -23,15 +31,17 @@ _ROUNDING = 1e-6  # of a third, written down
 
 def on_schedule(
     state: MovementState,
+    carried: Any,
     weights: Any,
     sparsity: optax.ScalarOrSchedule | None,
     finite: jax.Array,
     seen_alive: jax.Array | None = None,
-) -> MovementState:
+) -> tuple[MovementState, Any]:
     """Changes the masks if the schedule says so, at no cost if it does not.
 
     Args:
       state: before the change.
+      carried: its masks as they are kept, packed or not.
       weights: params with holes like ``state.masks``.
       sparsity: as given to :func:`movement_jax.movement_pruning`.
       finite: whether this is a good step. Shape ``()``, bool.
@@ -39,7 +49,7 @@ def on_schedule(
     """
     regrow, criterion = state.config.regrow, state.config.criterion
     if sparsity is None and not hasattr(criterion, "target"):
-        return state
+        return state, carried
     # At this point of the update the step counter still tells the steps before it,
     # except with regrow, where the step has been counted.
     after = state.step if regrow else state.step + 1
@@ -68,7 +78,8 @@ def on_schedule(
     starts = counting.segment_starts(groups, state.step >> 31)
 
     def change(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        _, masks, thresholds, churn, alive = carry
+        _, carried, thresholds, churn, alive = carry
+        masks = packing.unpack(carried)
         before = state._replace(masks=masks, thresholds=thresholds)
         new, thresholds = change_masks(before, weights, target, starts)
         if seen_alive is None:
@@ -76,14 +87,16 @@ def on_schedule(
         else:
             now = position.total(new, weights, state.config.axis_name)
             alive = position.after_change(alive, seen_alive, now)
+        new = packing.like(carried, new)
         return jnp.bool_(False), new, thresholds, churn, alive
 
     # A loop of zero or one trips: its carry is aliased, so that steps which do not
     # prune touch neither masks nor scores. A conditional copies both.
-    carry = (state.masks, state.thresholds, state.events.churn, state.events.alive)
-    _, masks, thresholds, churn, alive = lax.while_loop(
+    carry = (carried, state.thresholds, state.events.churn, state.events.alive)
+    _, carried, thresholds, churn, alive = lax.while_loop(
         lambda carry: carry[0], change, (changes & valid, *carry)
     )
+    masks = packing.unpack(carried)
     done = (changes & valid).astype(jnp.int32)
     events = state.events._replace(
         refused=state.events.refused + (changes & ~valid).astype(jnp.int32),
@@ -94,9 +107,10 @@ def on_schedule(
     if unknown:
         asked = _dropped_fraction(masks, state.config.axis_name)
     reached = jnp.where(changes & valid, asked, state.sparsity)
-    return state._replace(
+    state = state._replace(
         masks=masks, thresholds=thresholds, sparsity=reached, events=events
     )
+    return state, carried
 
 
 def change_masks(

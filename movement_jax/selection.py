@@ -138,7 +138,7 @@ def keep_masks(
     )
     at = jnp.where(nothing, NO_KEY, key.high)
     cut = jnp.where(key.exact, 0, size - last.high)
-    return masks(ranked, jnp.minimum(key.low, at), at, cut), at[0]
+    return masks(ranked, jnp.minimum(key.low, at), at, cut), at.squeeze(0)
 
 
 def common_threshold(

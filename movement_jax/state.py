@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from movement_jax import counting
+from movement_jax import counting, packing
 from movement_jax import tree as _tree
 from movement_jax.allocation import Allocation
 from movement_jax.criteria import Criterion
@@ -102,7 +102,8 @@ class MovementState(NamedTuple):
     Attributes:
       step: optimizer steps scored so far; bad steps do not count. Shape ``()``, int32.
       scores: state of the criterion; for most, a tree like params in float32.
-      masks: True where a weight is kept. Like params, bool.
+      masks: True where a weight is kept. Like params, bool; with ``pack_masks=True``
+        bits of uint32, which :func:`find_state` unpacks.
       thresholds: where each ranking found its threshold, for the next one to start
         from; keys of :mod:`movement_jax.counting`. Shape ``(rankings,)``, int32.
       sparsity: fraction asked for at the last mask change; where none is, because
@@ -134,6 +135,9 @@ def find_state(opt_state: Any) -> MovementState:
     Args:
       opt_state: an optimizer state, or a tree that holds one.
 
+    Returns:
+      That state, with masks that are bools.
+
     Raises:
       ValueError: if there is none, or more than one.
 
@@ -147,7 +151,7 @@ def find_state(opt_state: Any) -> MovementState:
     found = _states_in(opt_state)
     found += [y for x in found for y in _states_in(x.inner_state)]
     if len(found) == 1:
-        return found[0]
+        return shown(found[0])
     if found:
         raise ValueError(
             f"Found {len(found)} `movement_pruning` states in the optimizer state. Use "
@@ -163,9 +167,13 @@ def find_state(opt_state: Any) -> MovementState:
 
 def replace_state(opt_state: Any, new: MovementState) -> Any:
     """Returns ``opt_state`` with its :class:`MovementState` replaced by ``new``."""
-    return jax.tree.map(
-        lambda x: new if is_state(x) else x, opt_state, is_leaf=is_state
-    )
+
+    def replaced(old: Any) -> Any:
+        if not is_state(old):
+            return old
+        return new._replace(masks=packing.like(old.masks, new.masks))
+
+    return jax.tree.map(replaced, opt_state, is_leaf=is_state)
 
 
 def check_trained_params(opt_state: Any) -> None:
@@ -221,6 +229,13 @@ def tensors_in(
 def is_state(node: Any) -> bool:
     """True for the state of ``movement_pruning``."""
     return isinstance(node, MovementState)
+
+
+def shown(state: MovementState) -> MovementState:
+    """The same state with masks that are bools."""
+    if not packing.has_packed(state.masks):
+        return state
+    return state._replace(masks=packing.unpack(state.masks))
 
 
 def _states_in(tree: Any) -> list[MovementState]:

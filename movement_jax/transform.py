@@ -9,7 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from movement_jax import counting, exchange, masking, position, schedules, scoring
+from movement_jax import (
+    counting,
+    exchange,
+    masking,
+    packing,
+    position,
+    schedules,
+    scoring,
+)
 from movement_jax import structure as _structure
 from movement_jax import tree as _tree
 from movement_jax.allocation import Allocation, ErdosRenyi, Uniform
@@ -37,6 +45,7 @@ def movement_pruning(
     inner: optax.GradientTransformation | None = None,
     axis_name: str | tuple[str, ...] | None = None,
     check_finite: bool = True,
+    pack_masks: bool = False,
     track_start: bool = False,
     track_noise: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -90,6 +99,9 @@ def movement_pruning(
         step changes no score and no mask. False saves the optimizer the trip through
         memory that this takes; then only the scores that would not be finite stay as
         they were. Do so inside ``optax.apply_if_finite``, which checks by itself.
+      pack_masks: keep one bit per weight and not one byte, for tensors with an axis
+        that 32 divides. Masks are the same; :func:`movement_jax.find_state` shows them
+        as bools, and what is saved, sharded or donated is their words.
       track_start: keep a copy of the initial weights, for
         :func:`movement_jax.health` to report how far training moved.
       track_noise: keep a running mean of every weight (float32), for
@@ -166,10 +178,11 @@ def movement_pruning(
             _structure.check(config.structure, tensors)
             masking.check_reach(config, tensors, highest)
             groups = _structure.ranked_groups(config.structure, tensors)
+        masks = jax.tree.map(lambda w: jnp.ones_like(w, dtype=bool), weights)
         state = MovementState(
             step=jnp.zeros([], jnp.int32),
             scores=criterion.init(weights),
-            masks=jax.tree.map(lambda w: jnp.ones_like(w, dtype=bool), weights),
+            masks=packing.pack(masks) if pack_masks else masks,
             thresholds=jnp.full(
                 sum(group.segments for group in groups), counting.NO_KEY, jnp.int32
             ),
@@ -207,6 +220,8 @@ def movement_pruning(
                 "`state` must be a `MovementState`: call `tx.update(updates, state, "
                 f"params)`, got {type(state).__name__}."
             )
+        carried = state.masks  # as they are kept from step to step
+        state = state._replace(masks=packing.unpack(carried))
         weights = _tree.punch(state.masks, params, "params")
         grads = None if inner is None else _tree.punch(state.masks, updates, "updates")
         axes = state.config.axis_name
@@ -222,16 +237,19 @@ def movement_pruning(
         state = state._replace(inner_state=inner_state)
 
         if state.config.finalized:
-            return position.project(state, updates, params), state
+            updates = position.project(state, updates, params)
+            return updates, state._replace(masks=carried)
 
         alive = None
         if not state.config.regrow:
             state, alive = position.look(state, weights)
         state = scoring.score_entering(state, weights, finite)
         if alive is not None:
-            state = masking.on_schedule(state, weights, sparsity, finite, alive)
-            state, updates = exchange.on_schedule(
-                state, updates, params, weights, grads, wrapped, finite, alive
+            state, carried = masking.on_schedule(
+                state, carried, weights, sparsity, finite, alive
+            )
+            state, carried, updates = exchange.on_schedule(
+                state, carried, updates, params, weights, grads, wrapped, finite, alive
             )
             updates = position.project(state, updates, params)
         else:
@@ -239,8 +257,10 @@ def movement_pruning(
         new_weights = _apply(state, params, updates)
         state = scoring.score(state, weights, grads, new_weights, finite)
         if state.config.regrow:
-            state = masking.on_schedule(state, new_weights, sparsity, finite)
-        return updates, state
+            state, carried = masking.on_schedule(
+                state, carried, new_weights, sparsity, finite
+            )
+        return updates, state._replace(masks=carried)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

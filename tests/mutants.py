@@ -36,6 +36,7 @@ ROOMS = {  # what is changed, and the tests that should notice, quick ones first
         "tests/test_state.py",
         "tests/test_health.py",
         "tests/test_manual_axes.py",
+        "tests/shrink/test_shrink_units.py",
         "tests/test_soft.py",
     ),
     "scoring.py": (

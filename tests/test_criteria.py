@@ -229,3 +229,18 @@ def test_a_strict_quantile_keeps_one_weight_too_few_where_we_do_not():
 def test_a_wrong_argument_is_refused_with_the_reason(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_scores_learn_at_a_rate_that_follows_a_schedule():
+    params, grads = {"kernel": jnp.ones((2, 3))}, {"kernel": jnp.full((2, 3), -1.0)}
+    scores = []
+    for rate in (0.5, lambda count: 0.5, lambda count: 0.5 * (count < 1)):
+        criterion = mj.Movement(learning_rate=rate)
+        state = criterion.init(params)
+        for _ in range(2):
+            state = criterion.update(
+                state, params=params, grads=grads, new_params=params
+            )
+        scores.append(criterion.scores(state, params)["kernel"])
+    np.testing.assert_array_equal(scores[0], scores[1])
+    np.testing.assert_allclose(scores[0], 2 * scores[2], rtol=1e-5)

@@ -145,6 +145,8 @@ def test_a_stacked_tensor_has_no_single_threshold(stacked):
     tx = mj.movement_pruning(criterion=mj.Magnitude(), stacked=stacked)
     ax = mj.plot.plot_scores((params, tx.init(params)), 0.5)
     assert len(ax.lines) == (stacked is None)
+    ax = mj.plot.plot_quadrants((params, tx.init(params)), mj.Magnitude(), 0.5)
+    assert len(ax.lines) == 2 * (stacked is None)
 
 
 def test_a_weight_that_is_nan_leaves_the_lines_where_they_are():

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import movement_jax as mj
-from movement_jax import selection, wide
+from movement_jax import counting, selection, wide
 from movement_jax.counting import NO_KEY, TOP_KEY, Tensor
 
 SMALLEST_NORMAL = np.finfo(np.float32).smallest_normal
@@ -351,3 +351,18 @@ def test_ranking_needs_less_than_a_hundredth_of_the_scores_as_temporary_memory()
     only_tracking = temporary_bytes(compiled_step(None))
     pruning = temporary_bytes(compiled_step(mj.cubic(0.9, 0, 9)))
     assert pruning - only_tracking < 0.01 * scores
+
+
+@pytest.mark.parametrize(
+    "value", [0.0, 1e-40, 2.0**-126, 1.0, 3e38, -(2.0**-126), -7.0]
+)
+def test_a_key_stands_for_the_largest_float_that_has_it(value):
+    key = counting.key_of(value)
+    found = np.asarray(counting.to_float(jnp.int32(key)))
+    assert counting.key_of(found) == key
+    with np.errstate(under="ignore"):
+        assert counting.key_of(np.nextafter(found, np.float32(np.inf))) == key + 1
+
+
+def test_all_that_is_too_small_to_count_has_one_key():
+    assert np.asarray(counting.to_float(jnp.int32(0))).view(np.int32) == 0x007FFFFF

@@ -92,6 +92,18 @@ def test_the_end_is_reached_off_the_grid():
     )
 
 
+def test_masks_rest_after_the_end_although_weights_could_come_back():
+    tx = mj.movement_pruning(
+        mj.cubic(0.5, 0, 5, every=50), mj.Magnitude(), inner=optax.sgd(0), regrow=True
+    )
+    params, state, changes = PARAMS, tx.init(PARAMS), []
+    for _ in range(9):
+        _, state = tx.update(params, state, params)
+        params = jax.tree.map(lambda p: p[::-1], params)
+        changes.append(int(state.events.changes))
+    assert changes == [0, 0, 0, 0, 1, 1, 1, 1, 1]
+
+
 def test_updates_without_the_weights_are_refused():
     tx = mj.movement_pruning(0.5)
     with pytest.raises(ValueError, match="updates"):

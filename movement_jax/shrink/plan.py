@@ -3,14 +3,14 @@
 import dataclasses
 import json
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from movement_jax import report
+from movement_jax import packing, report
 from movement_jax import state as _state
 from movement_jax import tree as _tree
 from movement_jax.units import Units
@@ -138,6 +138,8 @@ class Plan:
           ValueError: if such a leaf has another shape than its parameter (a factored
             moment, say), or nothing in ``state`` but scalars belongs to a parameter.
         """
+        before = state
+        state = _each_state(_state.shown, state)
         arrays = [n for n, x in _tree.named_leaves(state) if jnp.ndim(x)]
         owners = self.owners(arrays)
 
@@ -152,7 +154,8 @@ class Plan:
             return self._cut(own, x)
 
         out = jax.tree_util.tree_map_with_path(pick, state)
-        out = jax.tree.map(self._cut_units, out, is_leaf=_state.is_state)
+        out = _each_state(self._cut_units, out)
+        out = _each_state(_packed_like, out, before)
         if arrays and not owners:
             raise ValueError(
                 "`state` holds nothing whose path ends in that of a parameter; it has "
@@ -245,10 +248,8 @@ class Plan:
             x = jnp.take(x, np.asarray(at), axis=axis)
         return x
 
-    def _cut_units(self, node: Any) -> Any:
+    def _cut_units(self, node: _state.MovementState) -> _state.MovementState:
         """The units that a pruning state is configured with, cut too."""
-        if not isinstance(node, _state.MovementState):
-            return node
         units = node.config.structure
         if not isinstance(units, Units) or dict(units.shapes) != {
             path: self.shapes.get(path) for path, _ in units.shapes
@@ -300,3 +301,20 @@ class PlanSummary:
         for name, (n, of) in self.units.items():
             report.add_row(table, name, f"{of:,}", f"{n:,}")
         return table
+
+
+def _each_state(change: Callable[..., Any], *trees: Any) -> Any:
+    """A tree with its states of ``movement_pruning`` changed."""
+    return jax.tree.map(
+        lambda node, *others: change(node, *others) if _state.is_state(node) else node,
+        *trees,
+        is_leaf=_state.is_state,
+    )
+
+
+def _packed_like(
+    state: _state.MovementState, before: _state.MovementState
+) -> _state.MovementState:
+    if not packing.has_packed(before.masks):
+        return state
+    return state._replace(masks=packing.pack(state.masks))

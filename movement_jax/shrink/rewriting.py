@@ -25,7 +25,6 @@ class Cutter:
 
     def __init__(self, keep: dict[Atom, np.ndarray]) -> None:
         self._keep = keep
-        self._touched: dict[int, bool] = {}
 
     def positions(self, layout: Layout) -> np.ndarray | None:
         """Positions of an axis that stay; None if it is not cut."""
@@ -91,10 +90,7 @@ class Cutter:
             return emit(self, site, operands, before, after)
 
     def _is_touched(self, frame: Frame) -> bool:
-        if id(frame) not in self._touched:
-            cut = any(self.positions(x) is not None for x in layouts_in(frame))
-            self._touched[id(frame)] = cut
-        return self._touched[id(frame)]
+        return any(self.positions(x) is not None for x in layouts_in(frame))
 
     def _call(self, site, call, frames, own, operands):
         return self.run(frames[0], operands)

@@ -287,8 +287,7 @@ def _gather(site: Site, ins: list[Axes]) -> list[Axes]:
             out[at] = site.pinned(shape[at], why)
     for i in numbers.collapsed_slice_dims:
         site.pin(operand[i], why)
-    if indices:
-        site.pin(indices[-1], "coordinates of an index")
+    site.pin(indices[-1], "coordinates of an index")
     pairs = zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims)
     for i, j in pairs:
         site.unify(operand[i], indices[j])
@@ -311,8 +310,7 @@ def _scatter(site: Site, ins: list[Axes]) -> list[Axes]:
             site.pin(updates[at], why)
     for i in numbers.inserted_window_dims:
         site.pin(operand[i], why)
-    if indices:
-        site.pin(indices[-1], "coordinates of an index")
+    site.pin(indices[-1], "coordinates of an index")
     pairs = zip(numbers.operand_batching_dims, numbers.scatter_indices_batching_dims)
     for i, j in pairs:
         site.unify(operand[i], indices[j])

@@ -248,6 +248,36 @@ def test_results_that_are_integers_are_compared_as_such():
     assert shrink.verify(fn, params, plan, X).worst < 1e-5
 
 
+def test_a_function_that_is_called_twice_is_cut_each_time():
+    inner = jax.jit(scaled)
+
+    @jax.custom_jvp
+    def twice(h):
+        return jax.jit(jnp.tanh)(h) + jax.jit(jnp.tanh)(-2 * h)
+
+    twice.defjvp(lambda h, t: (twice(*h), t[0] * jnp.cos(h[0])))
+    outer = jax.jit(lambda h, n: twice(inner(h, n)[0]))
+
+    def loss(p, x, i):
+        h = outer(x @ p["a"], i[:, None])
+        h = outer(h @ p["b"], i[:, None])
+        return jnp.sin(h @ p["c"]).sum()
+
+    params = weights((6, 8), (8, 8), (8, 3))
+    groups = shrink.find_groups(loss, params, X, I)
+    assert {g.name for g in groups.prunable} >= {"a:1", "b:1"}
+    plan = groups.plan({"a:1": np.arange(8) < 3, "b:1": np.arange(8) % 2 == 0})
+    small = shrink.shrunk(loss, plan)
+    for fn, want in ((small, loss), (jax.grad(small), jax.grad(loss))):
+        got = fn(plan.shrink(params), X, I)
+        full = want(plan.mask(params), X, I)
+        full = plan.shrink(full) if isinstance(full, dict) else full
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-4), got, full
+        )
+    assert shrink.verify(jax.grad(loss), params, plan, X, I).worst < 1e-5
+
+
 def test_masks_may_lack_whole_groups():
     def fn(p, x):
         return jax.nn.relu(x @ p["a"]) @ p["b"] + jax.nn.relu(x @ p["c"]) @ p["d"]
@@ -256,6 +286,10 @@ def test_masks_may_lack_whole_groups():
     masks = {"a": np.tile(np.arange(8) < 3, (6, 1)), "b": np.zeros((8, 3), bool)}
     kept = groups.kept(masks)
     assert {name: int(k.sum()) for name, k in kept.items()} == {"a:1": 3, "c:1": 5}
+    for reduce in ("sum", "max", "mean", "l2"):
+        worth = groups.unit_scores({"a": masks["a"].astype(float)}, reduce)
+        assert worth["a:1"].tolist()[2:4] != [0, 0]
+        assert worth["c:1"].tolist() == [0] * 5
 
 
 @pytest.mark.parametrize(

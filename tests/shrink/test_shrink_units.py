@@ -301,6 +301,14 @@ def test_summary_tells_of_units():
     }
 
 
+def test_groups_that_are_not_cut_keep_their_units():
+    state = mj.movement_pruning(0.5, mj.Magnitude(), structure=GROUPS).init(PARAMS)
+    plan = GROUPS.plan({"a/kernel:1": np.arange(12) < 5})
+    units = plan.shrink_like(state).config.structure
+    sizes = {group.name: group.size for group in units.groups}
+    assert sizes == {"a/kernel:1": 5, "b/kernel:1": 10}
+
+
 def test_what_a_common_threshold_asks_of_a_tensor_is_not_known():
     allocation = mj.Global()
     tx = mj.movement_pruning(
