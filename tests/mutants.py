@@ -39,6 +39,7 @@ ROOMS = {  # what is changed, and the tests that should notice, quick ones first
         "tests/shrink/test_shrink_units.py",
         "tests/test_soft.py",
     ),
+    "packing.py": ("tests/test_packing.py",),
     "scoring.py": (
         "tests/test_state.py",
         "tests/test_scoring.py",
