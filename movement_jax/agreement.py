@@ -307,7 +307,7 @@ def _rank_other(opened: Opened, other: Any, caller: str) -> tuple[str, Any] | No
     scores = jax.tree.leaves(_state.scores_of(theirs, weights))
     structure = jax.tree.structure(opened.found.masks)
     name = f"{type(theirs.config.criterion).__name__} of the other state"
-    return name, structure.unflatten(scores)
+    return name, jax.tree.unflatten(structure, scores)
 
 
 def _criterion_scores(opened: Opened, other: Criterion, caller: str) -> Any:
@@ -380,7 +380,7 @@ def _given_masks(found: MovementState, other: Any, caller: str) -> Any:
 
 
 def _dropped_by(masks: Any, tensors: list[Tensor]) -> float:
-    leaves = jax.tree.leaves(masks)
+    leaves: list[jax.Array] = jax.tree.leaves(masks)
     dropped = sum(whole(count(~m, t.leading)) for m, t in zip(leaves, tensors))
     return dropped / max(sum(mask.size for mask in leaves), 1)
 
@@ -435,7 +435,8 @@ def _ranks(values: np.ndarray, where: np.ndarray) -> np.ndarray:
     ordered = np.sort(_some(values))
     below = np.searchsorted(ordered, values[where], side="left")
     up_to = np.searchsorted(ordered, values[where], side="right")
-    return (below + up_to) / (2 * len(ordered))
+    ranks: np.ndarray = (below + up_to) / (2 * len(ordered))
+    return ranks
 
 
 def _some(values: np.ndarray) -> np.ndarray:

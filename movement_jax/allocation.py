@@ -334,7 +334,8 @@ def drop_total(target: Target, size: int) -> Wide:
     if final is None:
         return count
     end = drop_total(Target(final), size)
-    return jax.tree.map(lambda a, b: jnp.where(progress >= 1, a, b), end, count)
+    total: Wide = jax.tree.map(lambda a, b: jnp.where(progress >= 1, a, b), end, count)
+    return total
 
 
 def drop_count(target: Target, sizes: np.ndarray) -> jax.Array:
@@ -376,8 +377,9 @@ def _traced_total(sparsity: jax.Array, size: int) -> Wide:
         digit[0].astype(jnp.int32)
         for digit in _rounded_product(sparsity, np.array([size]))
     )
-    count, everything = Wide(middle + (high << 16), low), wide.from_int(size)
-    return jax.tree.map(lambda a, b: jnp.where(sparsity >= 1, a, b), everything, count)
+    part, whole = Wide(middle + (high << 16), low), wide.from_int(size)
+    total: Wide = jax.tree.map(lambda a, b: jnp.where(sparsity >= 1, a, b), whole, part)
+    return total
 
 
 def _rounded_product(

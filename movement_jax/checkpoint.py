@@ -141,7 +141,7 @@ def restore(
     wanted = _named(like)
     _check_fits(manifest, wanted, _config_of(like), where)
     target = jax.tree.map(_target, like)
-    state = jax.tree.map(_canonical, _load(directory, step, target, where))
+    state: StateT = jax.tree.map(_canonical, _load(directory, step, target, where))
     _check_content(manifest, digests(state), where)
     return state
 
@@ -215,7 +215,7 @@ def _cleaned(directory: Any) -> Any:
     return ocp.training.Checkpointer(_path(directory), cleanup_tmp_directories=True)
 
 
-def _path(directory: Any) -> str:
+def _path(directory: str | os.PathLike[str]) -> str:
     path = os.fspath(directory)
     return path if _in_bucket(path) else os.path.abspath(path)
 

@@ -9,13 +9,15 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
+
+ValuesT = TypeVar("ValuesT")
 
 MAX_COUNT = 2**31 - 1
 _LARGEST_SUBNORMAL = 0x007FFFFF
@@ -82,7 +84,9 @@ def split_axes(x: jax.Array, axis_name: Sequence[str]) -> tuple[str, ...]:
 def _varying(x: jax.Array) -> frozenset[str]:
     kind: Any = jax.typeof(x)
     # JAX moved it between 0.7 and 0.10.
-    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
+    has_vma = hasattr(kind, "vma")
+    names: frozenset[str] = kind.vma if has_vma else kind.manual_axis_type.varying
+    return names
 
 
 def _is_bound(axis: str) -> bool:
@@ -114,7 +118,7 @@ def sizes(tensors: Sequence[Tensor]) -> np.ndarray:
     return np.concatenate([np.full(t.segments, t.size, np.int64) for t in tensors])
 
 
-def segment_starts(tensors: Sequence[Tensor], zero: jax.Array) -> list[jax.Array]:
+def segment_starts(tensors: Sequence[Tensor], zero: jax.Array) -> tuple[jax.Array, ...]:
     """First segment of every tensor, as values that XLA cannot see through.
 
     With a constant in it, the program of each tensor is one of its own. With a value
@@ -126,7 +130,7 @@ def segment_starts(tensors: Sequence[Tensor], zero: jax.Array) -> list[jax.Array
       zero: 0 in a way that only we know of. Shape ``()``, int32.
     """
     if not tensors:
-        return []
+        return ()
     ends = np.cumsum([t.segments for t in tensors])
     rows = [np.array([0, end - t.segments], np.int32) for end, t in zip(ends, tensors)]
     return _reduce([zero + row for row in rows], [0] * len(rows), jnp.maximum, (0,))
@@ -147,7 +151,7 @@ def tally(
     """
     axes = tuple(range(predicates[0].ndim)) if axes is None else tuple(axes)
     ones = [p.astype(jnp.int32) for p in predicates]
-    return tuple(_reduce(ones, [0] * len(ones), jnp.add, axes))
+    return _reduce(ones, [0] * len(ones), jnp.add, axes)
 
 
 def count_kept(kept: Sequence[jax.Array], tensors: Sequence[Tensor]) -> jax.Array:
@@ -156,7 +160,7 @@ def count_kept(kept: Sequence[jax.Array], tensors: Sequence[Tensor]) -> jax.Arra
     return jnp.concatenate([_sums([mask, ~mask], tensor)[0] for mask, tensor in pairs])
 
 
-def anywhere(predicates: Sequence[jax.Array]) -> list[jax.Array]:
+def anywhere(predicates: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
     """Whether each of several predicates holds anywhere, in one pass over them all.
 
     Args:
@@ -171,14 +175,15 @@ def anywhere(predicates: Sequence[jax.Array]) -> list[jax.Array]:
 
 def _reduce(
     operands: Sequence[jax.Array], start: Sequence[Any], combine: Any, axes: Any
-) -> list[jax.Array]:
+) -> tuple[jax.Array, ...]:
     """Several reductions by one program, which XLA for CPU makes no copies for."""
-    return lax.reduce(
+    reduced: tuple[jax.Array, ...] = lax.reduce(
         tuple(operands),
         tuple(np.asarray(x, operand.dtype) for x, operand in zip(start, operands)),
         lambda a, b: tuple(combine(x, y) for x, y in zip(a, b)),
         axes,
     )
+    return reduced
 
 
 def count(ranked: Ranked, keys: jax.Array) -> jax.Array:
@@ -245,7 +250,9 @@ def masks(
       cut: shape ``(1, segments)``, int32.
     """
     tensors = tuple(ranked.tensors)
-    return _masks(ranked._replace(tensors=()), tensors, below, at, cut)
+    ranked = ranked._replace(tensors=())
+    kept: list[jax.Array] = _masks(ranked, tensors, below, at, cut)
+    return kept
 
 
 # In eager code too: there `jax_debug_nans` would stop at a threshold that is NaN.
@@ -271,9 +278,11 @@ def key_of(value: float) -> int:
     return -key if value < 0 else key
 
 
-def sum_over(values: Any, axes: tuple[str, ...]) -> Any:
+def sum_over(values: ValuesT, axes: tuple[str, ...]) -> ValuesT:
     """Sum over manual mesh axes, if there are any."""
-    return lax.psum(values, axes) if axes else values
+    if axes:
+        values = lax.psum(values, axes)
+    return values
 
 
 def split(low: jax.Array, high: jax.Array, n: int) -> jax.Array:
@@ -311,7 +320,8 @@ def _hidden(ranked: Ranked, table: jax.Array) -> Iterator[tuple[Any, ...]]:
     them: four bytes a weight. Each tensor has its own, and its own 1 for the index to
     be made of: what two of them share would carry the sharding of one to the other.
     """
-    kept = ranked.kept or [None] * len(ranked.scores)
+    none = [None] * len(ranked.scores)
+    kept: Sequence[jax.Array | None] = ranked.kept or none
     for x, mask, tensor, start in zip(
         ranked.scores, kept, ranked.tensors, ranked.starts
     ):
@@ -393,7 +403,8 @@ def _replicated(counts: jax.Array) -> jax.Array:
     if all(axis is None for axis in sharding.spec):  # also on every automatic axis
         return counts
     everywhere = NamedSharding(sharding.mesh, PartitionSpec())
-    return jax.sharding.reshard(counts, everywhere)
+    counts = jax.sharding.reshard(counts, everywhere)
+    return counts
 
 
 def _dropped(
@@ -428,9 +439,9 @@ def _index(x: jax.Array, tensor: Tensor, one: jax.Array) -> jax.Array:
     for axis in reversed(range(tensor.leading, len(shape))):
         index += one * stride * lax.broadcasted_iota(jnp.int32, shape, axis)
         stride *= shape[axis]
-    for axis in reversed(tensor.axes):  # one device's part after the other's
-        index += lax.axis_index(axis) * stride
-        stride *= lax.axis_size(axis)
+    for name in reversed(tensor.axes):  # one device's part after the other's
+        index += lax.axis_index(name) * stride
+        stride *= lax.axis_size(name)
     return index
 
 

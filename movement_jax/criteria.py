@@ -389,7 +389,9 @@ def seeded_noise(key: jax.Array, params: Any) -> Any:
 
     def noise(path: Any, weight: jax.Array) -> jax.Array:
         name = _tree.path_name(path).encode()
-        return _noise_like(jax.random.fold_in(key, zlib.crc32(name)), weight)
+        own = jax.random.fold_in(key, zlib.crc32(name))
+        drawn: jax.Array = _noise_like(own, weight)
+        return drawn
 
     return jax.tree_util.tree_map_with_path(noise, params)
 

@@ -48,7 +48,7 @@ def on_schedule(
     """
     criterion: Any = state.config.criterion
     treedef = jax.tree.structure(state.masks)
-    if not hasattr(criterion, "exchange") or not treedef.num_leaves:
+    if not hasattr(criterion, "exchange") or not jax.tree.leaves(state.masks):
         return state, carried, updates
     fraction = criterion.exchange(state.step + 1)
     due = finite & (fraction > 0)
@@ -74,7 +74,7 @@ def on_schedule(
         now = position.total(new, weights, state.config.axis_name)
         alive = position.after_change(alive, seen_alive, now)
         updates = jax.tree.map(jnp.zeros_like, updates)
-        kept = packing.like(carried, treedef.unflatten(new))
+        kept = packing.like(carried, jax.tree.unflatten(treedef, new))
         return jnp.bool_(False), kept, memory, updates, thresholds, churn, alive
 
     # A loop of zero or one trips, as in `masking.on_schedule`. Updates go through it so
@@ -89,7 +89,7 @@ def on_schedule(
     state = state._replace(
         masks=packing.unpack(carried),
         thresholds=thresholds,
-        inner_state=rebuild.unflatten(memory),
+        inner_state=jax.tree.unflatten(rebuild, memory),
         events=events._replace(
             changes=events.changes + due.astype(jnp.int32), churn=churn, alive=alive
         ),

@@ -178,7 +178,7 @@ def _same_everywhere(x: Any) -> bool:
         as_bytes = np.array([[list(bytes.fromhex(d)) for d in b] for b in bounds])
         everywhere = _gathered(as_bytes.astype(np.uint8))
         bounds = [
-            (max(map(bytes, highest)), min(map(bytes, lowest)))
+            (max(map(bytes, highest)).hex(), min(map(bytes, lowest)).hex())
             for highest, lowest in everywhere.transpose(1, 2, 0, 3)
         ]
     return all(highest == lowest for highest, lowest in bounds)

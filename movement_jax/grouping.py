@@ -209,11 +209,13 @@ def _fold(
             if block[axis] > 1:
                 xs = tuple(_split_axis(x, axis, block[axis]) for x in xs)
                 axes = [axis + 1, *(a + 1 for a in axes)]
-        return lax.reduce(xs, zeros, join, axes)
+        xs = lax.reduce(xs, zeros, join, axes)
+        return xs
 
     # Once the last axis is split, a TPU stores a tile of 128 for every block along it;
     # by then little should be left. A CPU reads rows faster than columns.
-    return lax.platform_dependent(*xs, cpu=at_once, default=by_axis)
+    xs = lax.platform_dependent(*xs, cpu=at_once, default=by_axis)
+    return xs
 
 
 def _split_axis(x: jax.Array, axis: int, size: int) -> jax.Array:
@@ -239,7 +241,8 @@ def _within_devices(x: jax.Array, axis: int, size: int) -> jax.Array:
         return x
     spec = list(sharding.spec)
     spec[axis] = None
-    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
+    x = jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
+    return x
 
 
 def _join(x: jax.Array, axis: int) -> jax.Array:

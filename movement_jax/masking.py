@@ -161,7 +161,7 @@ def masks_from(
     """
     if not jax.tree.leaves(state.masks):
         return state.masks, state.thresholds
-    structure = jax.tree.structure(state.masks)
+    structure: Any = jax.tree.structure(state.masks)
     leaves = structure.flatten_up_to(scores)
     old = None if kept is None else structure.flatten_up_to(kept)
     new, thresholds = _masks_from(leaves, state, target, old, starts, absolute)
@@ -243,6 +243,7 @@ def _tops(
 ) -> tuple[list[jax.Array], jax.Array]:
     """Which groups of each tensor stay, and the new thresholds."""
     allocation, thresholds = state.config.allocation, state.thresholds
+    common: jax.Array | None
     if target.sparsity is None:
         assert starts is not None  # on a schedule only is it not known
         n_drop, common = threshold.drop_at_zero(
@@ -320,7 +321,8 @@ def check_emptying(allocation: Any) -> None:
 
 
 def _dropped_fraction(masks: Any, axis_name: tuple[str, ...]) -> jax.Array:
-    dropped = total = jnp.float32(0)
+    dropped: jax.Array = jnp.float32(0)
+    total = dropped
     for mask in jax.tree.leaves(masks):
         axes = counting.split_axes(mask, axis_name)
         counts = counting.sum_over(jnp.stack(counting.tally((mask, ~mask))), axes)
@@ -336,8 +338,8 @@ def churn_of(old: Any, new: Any, axis_name: tuple[str, ...]) -> jax.Array:
     dropped = revived = total = jnp.float32(0)
     for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new)):
         axes = counting.split_axes(a, axis_name)
-        counts = counting.tally((a & ~b, ~a & b))
-        counts = counting.sum_over(jnp.stack([*counts, jnp.int32(a.size)]), axes)
+        moved = counting.tally((a & ~b, ~a & b))
+        counts = counting.sum_over(jnp.stack([*moved, jnp.int32(a.size)]), axes)
         dropped, revived = dropped + counts[0], revived + counts[1]
         total += counts[2]
     return 2 * jnp.minimum(dropped, revived) / jnp.maximum(total, 1)

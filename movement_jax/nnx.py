@@ -20,7 +20,7 @@ import movement_jax as mj
 ModuleT = TypeVar("ModuleT")
 
 
-def train_state(model: Any, optimizer: nnx.Optimizer) -> tuple[Any, Any]:
+def train_state(model: Any, optimizer: nnx.Optimizer[Any]) -> tuple[Any, Any]:
     """The arrays of a model and its optimizer, as every function of the package takes.
 
     Args:
@@ -43,7 +43,9 @@ def train_state(model: Any, optimizer: nnx.Optimizer) -> tuple[Any, Any]:
     return _arrays(nnx.state(model, optimizer.wrt)), _arrays(optimizer.opt_state)
 
 
-def prune(model: Any, optimizer: nnx.Optimizer, sparsity: jax.typing.ArrayLike) -> None:
+def prune(
+    model: Any, optimizer: nnx.Optimizer[Any], sparsity: jax.typing.ArrayLike
+) -> None:
     """Drops the weights with the lowest scores, now and in place.
 
     Works as it is or inside ``nnx.jit``, where ``sparsity`` may be traced. Later calls
@@ -75,7 +77,7 @@ def prune(model: Any, optimizer: nnx.Optimizer, sparsity: jax.typing.ArrayLike) 
     nnx.update(optimizer.opt_state, nnx.state(opt_state))
 
 
-def effective_model(model: ModuleT, optimizer: nnx.Optimizer) -> ModuleT:
+def effective_model(model: ModuleT, optimizer: nnx.Optimizer[Any]) -> ModuleT:
     """The model seen through the masks, to compute and differentiate with.
 
     With ``regrow=True`` the params stay dense. Take the gradient of the loss at this
@@ -107,13 +109,14 @@ def effective_model(model: ModuleT, optimizer: nnx.Optimizer) -> ModuleT:
       4 0
     """
     masked = mj.effective_params(*train_state(model, optimizer))
-    graphdef, params, rest = nnx.split(model, optimizer.wrt, ...)
+    graphdef, params, *rest = nnx.split(model, optimizer.wrt, ...)
     # Unflattening makes new variables with the same metadata; `rest` keeps the old.
     params = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(masked))
-    return nnx.merge(graphdef, params, rest)
+    pruned: ModuleT = nnx.merge(graphdef, params, *rest)
+    return pruned
 
 
-def finalize(model: Any, optimizer: nnx.Optimizer) -> None:
+def finalize(model: Any, optimizer: nnx.Optimizer[Any]) -> None:
     """Drops the bookkeeping and keeps the zeros, in place.
 
     Scores and tracked measurements leave ``optimizer.opt_state``; the masks stay,
@@ -144,7 +147,7 @@ def finalize(model: Any, optimizer: nnx.Optimizer) -> None:
     )
 
 
-def sparsity_of(optimizer: nnx.Optimizer) -> jax.Array:
+def sparsity_of(optimizer: nnx.Optimizer[Any]) -> jax.Array:
     """Fraction of the prunable weights that are pruned.
 
     Args:
@@ -166,7 +169,7 @@ def sparsity_of(optimizer: nnx.Optimizer) -> jax.Array:
     return mj.sparsity_of(_arrays(optimizer.opt_state))
 
 
-def metrics(optimizer: nnx.Optimizer) -> dict[str, jax.Array]:
+def metrics(optimizer: nnx.Optimizer[Any]) -> dict[str, jax.Array]:
     """What to log at every step: the scalars of :func:`movement_jax.metrics`.
 
     Args:

@@ -67,7 +67,7 @@ def total(masks: Any, weights: Any, axis_name: tuple[str, ...] = ()) -> jax.Arra
 
     Of the largest tensors only: what follows in a chain sees all of them alike.
     """
-    result = jnp.float32(0)
+    result: jax.Array = jnp.float32(0)
     pairs = zip(jax.tree.leaves(masks), jax.tree.leaves(weights))
     for mask, weight in sorted(pairs, key=lambda pair: -pair[0].size)[:LOOK_AT]:
         size = jnp.abs(weight.astype(jnp.float32))

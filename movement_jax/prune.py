@@ -91,7 +91,8 @@ def prune(state: TrainStateT, sparsity: jax.typing.ArrayLike) -> TrainStateT:
         sparsity=jnp.where(accepted, asked, found.sparsity),
         events=events,
     )
-    return rebuild(params, _state.replace_state(opt_state, new))
+    pruned: TrainStateT = rebuild(params, _state.replace_state(opt_state, new))
+    return pruned
 
 
 def apply_masks(params: Any, masks: Any) -> Any:
@@ -176,7 +177,8 @@ def finalize(state: TrainStateT) -> TrainStateT:
     config = dataclasses.replace(found.config, finalized=True, regrow=False)
     new = found._replace(scores=(), tracked=_state.Tracked(), config=config)
     params = apply_masks(params, found.masks)
-    return rebuild(params, _state.replace_state(opt_state, new))
+    final: TrainStateT = rebuild(params, _state.replace_state(opt_state, new))
+    return final
 
 
 def sparsity_of(state: Any) -> jax.Array:
@@ -194,8 +196,8 @@ def sparsity_of(state: Any) -> jax.Array:
       >>> print(mj.sparsity_of(tx.init({"kernel": jnp.ones((2, 2))})))
       0.0
     """
-    masks = jax.tree.leaves(_find(state).masks)
-    dropped = sum((_dropped(mask) for mask in masks), start=jnp.float32(0))
+    masks: list[jax.Array] = jax.tree.leaves(_find(state).masks)
+    dropped = sum(map(_dropped, masks), start=jnp.float32(0))
     return dropped / max(sum(mask.size for mask in masks), 1)
 
 

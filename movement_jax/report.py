@@ -311,7 +311,8 @@ def checked_sparsity(value: Any) -> float:
     if hasattr(value, "dtype") and jnp.shape(value) == ():
         value = scalar(value) if value.dtype != np.float64 else float(value)
     schedules.check_sparsity("sparsity", value)
-    return value
+    sparsity: float = value
+    return sparsity
 
 
 def _nbytes(leaf: Any) -> int:

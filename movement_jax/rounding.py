@@ -43,7 +43,7 @@ def check_dtype(dtype: Any) -> str:
       ValueError: if it is another one.
     """
     try:
-        name = jnp.dtype(dtype).name
+        name: str = jnp.dtype(dtype).name
     except TypeError:
         name = str(dtype)
     if name not in DTYPES:

@@ -121,7 +121,9 @@ def _track(state: MovementState, new_weights: Any) -> Tracked:
         return tracked
     decay = noise_decay(state.config.criterion)
 
-    def deviation(variance: Any, mean: Any, weight: Any, mask: Any) -> jax.Array:
+    def deviation(
+        variance: jax.Array, mean: jax.Array, weight: jax.Array, mask: jax.Array
+    ) -> jax.Array:
         # Pruned weights do not move, and the fall to zero of new ones is no noise.
         square = jnp.where(mask, jnp.square(weight.astype(jnp.float32) - mean), 0)
         kept = jnp.maximum(mask.mean(dtype=jnp.float32), jnp.float32(1e-30))

@@ -148,7 +148,9 @@ def _second_moments(params: Any, optimizer_state: Any) -> Any:
     """The one second moment of every prunable tensor, found by its path."""
     nodes = jax.tree.leaves(optimizer_state, is_leaf=_has_second_moment)
     # In `optax.partition` every optimizer has its own, with holes where others train.
-    tables = [dict(_flat(node.nu)) for node in nodes if _has_second_moment(node)]
+    tables: list[dict[Any, jax.Array]] = [
+        dict(_flat(node.nu)) for node in nodes if _has_second_moment(node)
+    ]
 
     def pick(path: Any, weight: jax.Array) -> jax.Array:
         found = [table[path] for table in tables if path in table]

@@ -192,7 +192,8 @@ class SoftMovement:
         schedule = self.target_sparsity if self.penalty is None else self.threshold
         if isinstance(schedule, Polynomial):
             return schedule.due(step)
-        return jnp.bool_(True)
+        always: jax.Array = jnp.bool_(True)
+        return always
 
     @property
     def _final_threshold(self) -> Any:
@@ -206,7 +207,8 @@ class SoftMovement:
     def _threshold(self, step: jax.Array) -> jax.Array:
         if isinstance(self.threshold, Polynomial):
             return self.threshold(step)
-        return jnp.float32(self.threshold)
+        fixed: jax.Array = jnp.float32(self.threshold)
+        return fixed
 
     def _wanted(self, step: jax.Array) -> schedules.Target:
         if isinstance(self.target_sparsity, Polynomial):

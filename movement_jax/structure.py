@@ -244,7 +244,8 @@ def checked(structure: Any) -> Structure | Rules | Units:
     if isinstance(structure, Structure | Units):
         return structure
     if hasattr(structure, "units"):  # the groups of a model
-        return structure.units()
+        units: Units = structure.units()
+        return units
     if isinstance(structure, Mapping):
         for pattern, value in structure.items():
             if not isinstance(value, Structure):

@@ -294,7 +294,8 @@ def _all_finite(tree: Any, axis_name: tuple[str, ...]) -> jax.Array:
                 here = counting.sum_over((~here).astype(jnp.int32), axes) == 0
             finite.append(here)
     if not finite:
-        return jnp.bool_(True)
+        all_finite: jax.Array = jnp.bool_(True)
+        return all_finite
     # Two reductions at once, where XLA would compute one as a chain for every leaf.
     verdicts = jnp.stack(finite)
     return ~counting.anywhere([~verdicts, verdicts])[0]

@@ -111,7 +111,8 @@ def punch(template: Any, tree: Any, what: str) -> Any:
         return theirs
 
     try:
-        jax.tree.structure(template, is_leaf=is_hole).flatten_up_to(tree)
+        structure: Any = jax.tree.structure(template, is_leaf=is_hole)
+        structure.flatten_up_to(tree)
     except (ValueError, TypeError) as error:
         ours, theirs = ({name for name, _ in named_leaves(t)} for t in (template, tree))
         raise ValueError(

@@ -272,11 +272,11 @@ class Units:
                 count = int(np.count_nonzero(index >= 0)) // size
                 weights += count * math.prod(shape) // shape[own.axis]
             groups.append(UnitGroup(group.name, size, weights, tuple(slices)))
-        shapes = tuple(
+        left_shapes = tuple(
             (path, tuple(_cut_shape(shape, positions.get(path, {}))))
             for path, shape in self.shapes
         )
-        return Units(tuple(groups), shapes, self.reduce)
+        return Units(tuple(groups), left_shapes, self.reduce)
 
     def _reduced(
         self,
@@ -330,7 +330,8 @@ def _everywhere(x: jax.Array) -> jax.Array:
     sharding = jax.typeof(x).sharding
     if all(axis is None for axis in sharding.spec):
         return x
-    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
+    x = jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
+    return x
 
 
 def _all_but(axis: int, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -56,7 +56,7 @@ GOALS = {  # what; how often it is to be tried; tests that count as one try each
     "R12": ("wrong and right orders of a chain, told and not told", 30, "_orders_"),
     "R13": ("lines and branches that tests run", 4000, None),
     "R14": ("changes of the core rooms that tests notice", 100, None),
-    "R15": ("modules that pyrefly finds nothing in", 1, None),
+    "R15": ("modules that pyrefly and mypy --strict find nothing in", 1, None),
     "R16": ("schedules of 1,000 steps in one compilation", 1, COMPILED_ONCE),
     "R17": ("checks of the contract of a transformation", 1, "tests/test_contract.py"),
     "R18": ("messages of errors that a test asserts by their words", 150, None),
@@ -160,14 +160,18 @@ def run_ci(record):
 
 
 def run_types(record):
-    command = ["pyrefly", "check", "--python-interpreter-path", sys.executable]
-    modules = len([*(ROOT / "movement_jax").rglob("*.py")])
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    except FileNotFoundError:
-        return
-    found = re.search(r"(\d+) errors?", done.stdout + done.stderr)
-    record.add("R15", (int(found[1]) if found else 1, modules))
+    errors, modules = 0, len([*(ROOT / "movement_jax").rglob("*.py")])
+    for command in (
+        ["pyrefly", "check", "--python-interpreter-path", sys.executable],
+        ["mypy", "--strict", "--python-executable", sys.executable],
+    ):
+        try:
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        except FileNotFoundError:
+            return
+        found = re.search(r"(\d+) errors?", done.stdout + done.stderr)
+        errors += int(found[1]) if found else done.returncode != 0
+    record.add("R15", (errors, modules))
 
 
 def main():

@@ -111,7 +111,8 @@ def concatenate(parts: Sequence[Layout]) -> Layout:
 
 def split(layout: Layout, low: int) -> tuple[Layout, Layout] | None:
     """Splits an axis into ``(size // low, low)``; None if it has no such factors."""
-    rest, lows = list(expand(layout)), []
+    rest = list(expand(layout))
+    lows: list[Atom] = []
     while low > 1:
         if not rest:
             return None

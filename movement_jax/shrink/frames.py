@@ -7,7 +7,7 @@ from typing import Any
 
 from movement_jax.shrink import dims, jaxprs, rules
 from movement_jax.shrink.dims import Layout
-from movement_jax.shrink.jaxprs import Program, Var
+from movement_jax.shrink.jaxprs import Call, Program, Var
 from movement_jax.shrink.rules import Axes, Site
 
 
@@ -49,6 +49,9 @@ class Frame:
         return own + [frame for frame, _ in self.derivatives.values()]
 
 
+Walked = tuple[list[Axes], tuple[Frame, ...]]
+
+
 class Walk:
     """Builds frames; remembers the derivatives of shared functions."""
 
@@ -81,21 +84,21 @@ class Walk:
             empty = name not in rules.SAFE_EMPTY and any(0 in shape for shape in shapes)
             rule = rules.RULES.get(name, rules.unknown)
             return (rules.unknown if empty else rule)(site, ins)
-        outs, frames = getattr(self, f"_{call.kind}")(site, call, ins)
-        frame.inner[number] = frames
+        walked: Walked = getattr(self, f"_{call.kind}")(site, call, ins)
+        outs, frame.inner[number] = walked
         if call.kind in ("jvp", "vjp") and not self._within:
             own = self._derivative(site, call.kind, ins, outs)
             if own is not None:
                 frame.derivatives[number] = own
         return outs
 
-    def _call(self, site: Site, call: jaxprs.Call, ins: list[Axes]):
+    def _call(self, site: Site, call: Call, ins: list[Axes]) -> Walked:
         inner = self.frame(call.programs[0], ins, site)
         return inner.results, (inner,)
 
     _remat = _jvp = _vjp = _call
 
-    def _scan(self, site: Site, call: jaxprs.Call, ins: list[Axes]):
+    def _scan(self, site: Site, call: Call, ins: list[Axes]) -> Walked:
         start = call.consts + call.carry
         carry, xs = ins[call.consts : start], ins[start:]
         length = site.params["length"]
@@ -109,7 +112,7 @@ class Walk:
         self._equate(site, carry, results[: call.carry])
         return [*carry, *((steps, *y) for y in results[call.carry :])], (body,)
 
-    def _while(self, site: Site, call: jaxprs.Call, ins: list[Axes]):
+    def _while(self, site: Site, call: Call, ins: list[Axes]) -> Walked:
         start = call.consts + call.body_consts
         carry = ins[start:]
         test = self.frame(call.programs[0], [*ins[: call.consts], *carry], site)
@@ -118,7 +121,7 @@ class Walk:
         self._equate(site, carry, body.results)
         return carry, (test, body)
 
-    def _cond(self, site: Site, call: jaxprs.Call, ins: list[Axes]):
+    def _cond(self, site: Site, call: Call, ins: list[Axes]) -> Walked:
         branches = tuple(self.frame(each, ins[1:], site) for each in call.programs)
         for other in branches[1:]:
             self._equate(site, branches[0].results, other.results)

@@ -124,7 +124,7 @@ def derivative_of(equation: Equation, kind: str) -> tuple[Program, list[int]] | 
         args, tangents = args[: len(primals)], args[len(primals) :]
         chosen = [args[i] for i in own]
         outs, dots = jax.jvp(part(args), chosen, list(tangents))
-        return outs + [t for t, out in zip(dots, results) if is_inexact(out)]
+        return [*outs, *(t for t, out in zip(dots, results) if is_inexact(out))]
 
     def vjp(*args: Any) -> Any:
         args, given = args[: len(primals)], iter(args[len(primals) :])

@@ -11,9 +11,13 @@ from jax import lax
 from movement_jax.shrink import dims, jaxprs, rules
 from movement_jax.shrink.dims import Atom, Layout
 from movement_jax.shrink.frames import Frame, layouts_in
+from movement_jax.shrink.jaxprs import Call
 from movement_jax.shrink.rules import Axes, Site
 
-Emit = Callable[["Cutter", Site, list[Any], list[Axes], list[Axes]], list[Any]]
+Values = list[Any]  # arrays, of a program that runs
+Frames = tuple[Frame, ...]
+Own = tuple[Frame, list[int]] | None  # as in `Frame.derivatives`
+Emit = Callable[["Cutter", Site, Values, list[Axes], list[Axes]], Values]
 
 
 class Cutter:
@@ -51,7 +55,7 @@ class Cutter:
                 x = jnp.take(x, np.flatnonzero(stays), axis=axis)
         return x
 
-    def run(self, frame: Frame, args: Sequence[Any]) -> list[Any]:
+    def run(self, frame: Frame, args: Sequence[Any]) -> Values:
         """Results of a frame, for arguments that have been cut."""
         program, values = frame.program, {}
         for var, value in zip(program.constvars, program.consts):
@@ -70,8 +74,8 @@ class Cutter:
         return [read(v) for v in program.outvars]
 
     def _equation(
-        self, frame: Frame, number: int, equation: Any, operands: list[Any]
-    ) -> list[Any]:
+        self, frame: Frame, number: int, equation: Any, operands: Values
+    ) -> Values:
         before = [frame.of(v) for v in equation.invars]
         after = [frame.of(v) for v in equation.outvars]
         inner = frame.inner.get(number)
@@ -92,25 +96,34 @@ class Cutter:
     def _is_touched(self, frame: Frame) -> bool:
         return any(self.positions(x) is not None for x in layouts_in(frame))
 
-    def _call(self, site, call, frames, own, operands):
+    def _call(
+        self, site: Site, call: Call, frames: Frames, own: Own, operands: Values
+    ) -> Values:
         return self.run(frames[0], operands)
 
-    def _remat(self, site, call, frames, own, operands):
+    def _remat(
+        self, site: Site, call: Call, frames: Frames, own: Own, operands: Values
+    ) -> Values:
         if site.params.get("differentiated"):  # it is being computed again right now
             return self.run(frames[0], lax.optimization_barrier(operands))
         options = {k: site.params[k] for k in ("prevent_cse", "policy")}
         run = jax.checkpoint(lambda *args: self.run(frames[0], args), **options)
-        return run(*operands)
+        outs: Values = run(*operands)
+        return outs
 
-    def _jvp(self, site, call, frames, own, operands):
+    def _jvp(
+        self, site: Site, call: Call, frames: Frames, own: Own, operands: Values
+    ) -> Values:
         consts, rest = operands[: call.consts], operands[call.consts :]
 
         @jax.custom_jvp
-        def function(*args):
+        def function(*args: Any) -> Values:
             return self.run(frames[0], [*consts, *args])
 
         @function.defjvp
-        def rule(primals, tangents):
+        def rule(
+            primals: Sequence[Any], tangents: Sequence[Any]
+        ) -> tuple[Values, Values]:
             if own is None:
                 raise _no_derivative(site)
             frame, chosen = own
@@ -125,17 +138,19 @@ class Cutter:
 
         return function(*rest)
 
-    def _vjp(self, site, call, frames, own, operands):
+    def _vjp(
+        self, site: Site, call: Call, frames: Frames, own: Own, operands: Values
+    ) -> Values:
         consts, rest = operands[: call.consts], operands[call.consts :]
 
         @jax.custom_vjp
-        def function(*args):
+        def function(*args: Any) -> Values:
             return self.run(frames[0], [*consts, *args])
 
-        def forward(*args):
+        def forward(*args: Any) -> tuple[Values, tuple[Any, ...]]:
             return self.run(frames[0], [*consts, *args]), args
 
-        def backward(args, cotangents):
+        def backward(args: tuple[Any, ...], cotangents: Values) -> tuple[Any, ...]:
             if own is None:
                 raise _no_derivative(site)
             frame, chosen = own
@@ -151,11 +166,13 @@ class Cutter:
         function.defvjp(forward, backward)
         return function(*rest)
 
-    def _scan(self, site, call, frames, own, operands):
+    def _scan(
+        self, site: Site, call: Call, frames: Frames, own: Own, operands: Values
+    ) -> Values:
         start = call.consts + call.carry
         consts, carry = operands[: call.consts], operands[call.consts : start]
 
-        def body(carry, xs):
+        def body(carry: Values, xs: Values) -> tuple[Values, Values]:
             outs = self.run(frames[0], [*consts, *carry, *xs])
             return outs[: call.carry], outs[call.carry :]
 
@@ -169,7 +186,9 @@ class Cutter:
         )
         return [*carry, *ys]
 
-    def _while(self, site, call, frames, own, operands):
+    def _while(
+        self, site: Site, call: Call, frames: Frames, own: Own, operands: Values
+    ) -> Values:
         start = call.consts + call.body_consts
         tests, consts = operands[: call.consts], operands[call.consts : start]
         return lax.while_loop(
@@ -178,10 +197,13 @@ class Cutter:
             operands[start:],
         )
 
-    def _cond(self, site, call, frames, own, operands):
+    def _cond(
+        self, site: Site, call: Call, frames: Frames, own: Own, operands: Values
+    ) -> Values:
         index, *rest = operands
         branches = [lambda *args, f=f: self.run(f, args) for f in frames]
-        return lax.switch(index, branches, *rest)
+        outs: Values = lax.switch(index, branches, *rest)
+        return outs
 
 
 def _no_derivative(site: Site) -> ValueError:
@@ -193,20 +215,26 @@ def _no_derivative(site: Site) -> ValueError:
 
 
 def _as_it_was(
-    cutter: Cutter, site: Site, vals: list[Any], before: Any, after: Any
-) -> list[Any]:
+    cutter: Cutter, site: Site, vals: Values, before: list[Axes], after: list[Axes]
+) -> Values:
     return jaxprs.bind(site.equation, vals)
 
 
-def _broadcast_in_dim(cutter, site, vals, before, after):
+def _broadcast_in_dim(
+    cutter: Cutter, site: Site, vals: Values, before: list[Axes], after: list[Axes]
+) -> Values:
     return jaxprs.bind(site.equation, vals, shape=cutter.shape(after[0]))
 
 
-def _reshape(cutter, site, vals, before, after):
+def _reshape(
+    cutter: Cutter, site: Site, vals: Values, before: list[Axes], after: list[Axes]
+) -> Values:
     return jaxprs.bind(site.equation, vals, new_sizes=cutter.shape(after[0]))
 
 
-def _iota(cutter, site, vals, before, after):
+def _iota(
+    cutter: Cutter, site: Site, vals: Values, before: list[Axes], after: list[Axes]
+) -> Values:
     """Counts the original positions, of which some stay."""
     counted, shape = site.params["dimension"], list(cutter.shape(after[0]))
     shape[counted] = site.shapes[0][counted]
@@ -215,14 +243,18 @@ def _iota(cutter, site, vals, before, after):
     return [cutter.take(full, only)]
 
 
-def _random_bits(cutter, site, vals, before, after):
+def _random_bits(
+    cutter: Cutter, site: Site, vals: Values, before: list[Axes], after: list[Axes]
+) -> Values:
     """Those of the original shape, of which some stay."""
     (full,) = jaxprs.bind(site.equation, vals)
     rank = len(before[0])
     return [cutter.take(full, [None] * rank + list(after[0][rank:]))]
 
 
-def _slice(cutter, site, vals, before, after):
+def _slice(
+    cutter: Cutter, site: Site, vals: Values, before: list[Axes], after: list[Axes]
+) -> Values:
     starts, limits, steps = [], [], site.params["strides"]
     given = zip(site.params["start_indices"], site.params["limit_indices"])
     for i, (layout, (start, limit)) in enumerate(zip(before[0], given)):
@@ -241,13 +273,17 @@ def _slice(cutter, site, vals, before, after):
     )
 
 
-def _split(cutter, site, vals, before, after):
+def _split(
+    cutter: Cutter, site: Site, vals: Values, before: list[Axes], after: list[Axes]
+) -> Values:
     axis = site.params["axis"]
     sizes = tuple(cutter.size(axes[axis]) for axes in after)
     return jaxprs.bind(site.equation, vals, sizes=sizes)
 
 
-def _pad(cutter, site, vals, before, after):
+def _pad(
+    cutter: Cutter, site: Site, vals: Values, before: list[Axes], after: list[Axes]
+) -> Values:
     config = []
     for (low, high, inner), layout in zip(site.params["padding_config"], after[0]):
         stays = cutter.positions(layout)
@@ -257,11 +293,15 @@ def _pad(cutter, site, vals, before, after):
     return jaxprs.bind(site.equation, vals, padding_config=tuple(config))
 
 
-def _dynamic_slice(cutter, site, vals, before, after):
+def _dynamic_slice(
+    cutter: Cutter, site: Site, vals: Values, before: list[Axes], after: list[Axes]
+) -> Values:
     return jaxprs.bind(site.equation, vals, slice_sizes=cutter.shape(after[0]))
 
 
-def _gather(cutter, site, vals, before, after):
+def _gather(
+    cutter: Cutter, site: Site, vals: Values, before: list[Axes], after: list[Axes]
+) -> Values:
     sizes = tuple(
         cutter.size(layout) if n == dims.size(layout) and n > 1 else n
         for layout, n in zip(before[0], site.params["slice_sizes"])
@@ -269,7 +309,9 @@ def _gather(cutter, site, vals, before, after):
     return jaxprs.bind(site.equation, vals, slice_sizes=sizes)
 
 
-def _conv(cutter, site, vals, before, after):
+def _conv(
+    cutter: Cutter, site: Site, vals: Values, before: list[Axes], after: list[Axes]
+) -> Values:
     parts, changed = rules.conv_parts(site, before), {}
     assert parts is not None
     for name in ("feature_group_count", "batch_group_count"):
@@ -278,7 +320,9 @@ def _conv(cutter, site, vals, before, after):
     return jaxprs.bind(site.equation, vals, **changed)
 
 
-def _tile(cutter, site, vals, before, after):
+def _tile(
+    cutter: Cutter, site: Site, vals: Values, before: list[Axes], after: list[Axes]
+) -> Values:
     reps = tuple(cutter.size(b) // cutter.size(a) for a, b in zip(before[0], after[0]))
     return jaxprs.bind(site.equation, vals, reps=reps)
 

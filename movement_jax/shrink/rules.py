@@ -6,6 +6,7 @@ and pin; what it cannot describe it pins. A primitive without a rule pins all it
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from movement_jax.shrink import dims, jaxprs
 from movement_jax.shrink.dims import Layout
@@ -27,8 +28,10 @@ class Site:
     def __init__(self, equation: jaxprs.Equation, caller: "Site | None" = None) -> None:
         self.equation = equation
         self._caller = caller
-        self.params = equation.params
-        self.shapes = [jaxprs.shape_of(v) for v in equation.outvars]
+        self.params: dict[str, Any] = equation.params
+        self.shapes: list[tuple[int, ...]] = [
+            jaxprs.shape_of(v) for v in equation.outvars
+        ]
 
     def told(self, why: str) -> str:
         """A reason with the operation and its source line."""

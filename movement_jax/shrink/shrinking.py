@@ -190,16 +190,16 @@ def _planned(
 ) -> Plan:
     if isinstance(plan, Mapping):
         return find_groups(fn, params, *inputs).plan(plan)
-    _check_plan(name, plan)
-    return plan
+    return _check_plan(name, plan)
 
 
-def _check_plan(name: str, plan: Any) -> None:
+def _check_plan(name: str, plan: Any) -> Plan:
     if not isinstance(plan, Plan):
         raise ValueError(
             f"`plan` must be a `Plan`, got {type(plan).__name__}. Write "
             f"`{name}(fn, groups.plan(keep), ...)`."
         )
+    return plan
 
 
 def _compared(
@@ -228,10 +228,10 @@ def _compared(
         {name: row[0] for name, row in rows.items()},
         {name: row[1] for name, row in rows.items()},
     )
-    for name, (off, scale, allowed) in rows.items():
-        if not off <= allowed * scale:
+    for name, (gap, scale, allowed) in rows.items():
+        if not gap <= allowed * scale:
             raise ValueError(
-                f"{what}: result {name!r} differs by {off:.3g}, where the largest is "
+                f"{what}: result {name!r} differs by {gap:.3g}, where the largest is "
                 f"{scale:.3g}. {hint}"
             )
     inexact = [x for x in want if jnp.issubdtype(x.dtype, jnp.inexact) and x.size]

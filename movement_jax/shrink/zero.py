@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from movement_jax.shrink import jaxprs, zero_rules
@@ -57,7 +58,7 @@ def _constant(value: Any) -> Flow:
         plain = isinstance(value, int | float) and math.isfinite(value)
         return Flow(float(value)) if plain else Flow()
     shape = np.shape(value)
-    if jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended):
+    if jnp.issubdtype(value.dtype, jax.dtypes.extended):
         return Flow()
     unread = value.dtype.kind == "c" or value.dtype == jax.dtypes.float0
     if unread or not 0 < math.prod(shape) <= _MOST_READ:

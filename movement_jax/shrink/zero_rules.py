@@ -22,7 +22,11 @@ from movement_jax.shrink.scalars import evaluate
 
 
 def unknown(
-    exact: Exactness, site: Site, flows: Any, before: list[Axes], after: list[Axes]
+    exact: Exactness,
+    site: Site,
+    flows: list[Flow],
+    before: list[Axes],
+    after: list[Axes],
 ) -> list[Flow]:
     """Nothing is known of the results; leaves that disappear are lost inexactly."""
     stay = {leaf for axes in after for layout in axes for leaf in dims.leaves(layout)}
@@ -65,15 +69,18 @@ def _zero_units(
 ) -> np.ndarray | None:
     at = [flow.at(*key) for flow in flows]
     if name in ("mul", "and"):
-        return np.logical_or(*at)
+        either: np.ndarray = np.logical_or(*at)
+        return either
     if name == "select_n":
-        picked = at[0] & at[1]
+        picked: np.ndarray = at[0] & at[1]
         if flows[0].value is not None:
             picked = at[1 + int(flows[0].value)]
-        return picked | np.logical_and.reduce(at[1:])
+        picked = picked | np.logical_and.reduce(at[1:])
+        return picked
     if name in ("div", "rem"):
         exact.divide(site, key[1], at[1])
-        return at[0] & ~at[1]
+        quotient: np.ndarray = at[0] & ~at[1]
+        return quotient
     if name == "pow" and flows[1].value is None:
         return None
     known = np.ones(key[1].size, bool)
