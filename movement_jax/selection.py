@@ -25,6 +25,7 @@ from movement_jax.counting import (
     count,
     count_ties,
     distance,
+    key_of,
     masks,
     segment_starts,
     sizes,
@@ -39,6 +40,8 @@ _TIES = 3
 # Around a key from an earlier search, in steps of the key axis: the same, and within
 # .8, 6 and 50 %.
 _REACH = np.array([-(2**22), -(2**19), -(2**16), 0, 2**16, 2**19, 2**22], np.int32)
+# Without one: where the magnitudes of weights usually lie, every few octaves.
+_USUAL = np.array([key_of(2.0**e) for e in (-16, -10, -7, -5, -3, 0, 5)], np.int32)
 # Around a guess, in standard deviations of the count up to it.
 _SPREAD = {CANDIDATES: (-3, -1.5, -0.5, 0, 0.5, 1.5, 3), _TIES: (-1.5, 0, 1.5)}
 _EVEN = 2**22  # widest interval in which values are guessed to be spread evenly
@@ -271,8 +274,9 @@ def _tries(
 ) -> jax.Array:
     """Values to count at. Shape ``(candidates, segments)``, int32.
 
-    First around the hint; then where the value must lie if counts rise evenly within
-    the interval, as far as that helps; then the interval is cut into equal parts.
+    First around the hint, or where scores usually lie; then where the value must lie
+    if counts rise evenly within the interval, as far as that helps; then the interval
+    is cut into equal parts.
     """
     low, high = now.low, now.high
     even, guess = _guess(now, goal, passes, candidates)
@@ -280,9 +284,9 @@ def _tries(
     tries = jnp.where(even, guess, split(low, high, candidates))
     if hint is None:
         return tries
+    first = jnp.where(hint > NO_KEY, hint + _REACH[:, None], _USUAL[:, None])
     # Short of `high`: beyond +inf nothing would be counted, and the search not end.
-    around = jnp.clip(hint + _REACH[:, None], low, high - 1)
-    return jnp.where((hint > NO_KEY) & (passes == 0), around, tries)
+    return jnp.where(passes == 0, jnp.clip(first, low, high - 1), tries)
 
 
 def _guess(

@@ -3,6 +3,7 @@
 Runs on whatever JAX finds; on a CPU the sizes are tiny, to see that it works.
 """
 
+import functools
 import time
 from typing import Any
 
@@ -44,7 +45,12 @@ def measure(quick: bool) -> dict[str, Any]:
         "conditions": [
             _condition(n, how, seconds)
             for n in ((10**8, 10**9) if large else (10**5,))
-            for how in ("while", "cond")
+            for how in list(_THROUGH)[: 2 if quick else None]
+        ],
+        "warm": [
+            _warm(n, moved, seconds)
+            for n in ((2**26, 10**9) if large else (10**5,))
+            for moved in (0.0, 0.001, 0.01)
         ],
         "small": [_small(n, 200 if large else 8, seconds) for n in widths],
         "compile": _compile(200 if large else 8),
@@ -93,9 +99,16 @@ def _against(size: int, way: str, seconds: float) -> dict[str, Any]:
         found = timing.paired(lambda: ours(x, n_keep), theirs, seconds=seconds)
     except Exception as error:  # out of memory, or what torch does not support
         return row | {"left_out": f"{type(error).__name__}: {error}"[:200]}
-    memory = ours.lower(x, n_keep).compile().memory_analysis()
-    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    return row | found | {"temp": memory.temp_size_in_bytes, "peak_so_far": peak}
+    its_temp = None
+    if isinstance(theirs, functools.partial):  # compiled by JAX too
+        its_temp = _temp(theirs.func, *theirs.args)
+    return row | found | {"temp": _temp(ours, x, n_keep), "its_temp": its_temp}
+
+
+def _temp(jitted: Any, *arguments: Any) -> int:
+    """Bytes that a program reserves while it runs."""
+    memory = jitted.lower(*arguments).compile().memory_analysis()
+    return memory.temp_size_in_bytes
 
 
 def _on_device(way: str, x: jax.Array, k: int) -> Any:
@@ -127,32 +140,62 @@ def _step(size: int, form: str, seconds: float) -> dict[str, Any]:
     return row | steps.compare(ours, theirs, prunes=prunes, seconds=seconds)
 
 
+def _by_loop(due: jax.Array, change: Any, carry: Any) -> Any:
+    """Zero or one trips, as the library does it."""
+    return lax.while_loop(
+        lambda carry: carry[0],
+        lambda carry: (jnp.bool_(False), change(carry[1])),
+        (due, carry),
+    )[1]
+
+
+def _by_cond(due: jax.Array, change: Any, carry: Any) -> Any:
+    return lax.cond(due, change, lambda carry: carry, carry)
+
+
+# What goes through a conditional that is not taken, and through which kind.
+_THROUGH = {
+    "masks, loop": _by_loop,
+    "masks, cond": _by_cond,
+    "params and masks, loop": _by_loop,
+    "params and masks, cond": _by_cond,
+    "scores, loop": _by_loop,
+    "scores, cond": _by_cond,
+}
+
+
 def _condition(size: int, how: str, seconds: float) -> dict[str, Any]:
-    """A step that does not prune: masks through a loop, or through ``lax.cond``."""
-    shape = (size // 1000, 1000)
+    """A step that changes nothing, by a loop or by ``lax.cond``, over one without."""
+    shape, through = (size // 1000, 1000), _THROUGH[how]
     x = models.random(jax.ShapeDtypeStruct(shape, jnp.float32), 1.0)
+    row: dict[str, Any] = {"size": x.size, "how": how}
+    if 36 * x.size > machine.available():
+        return row | {"left_out": "too large"}
 
-    def change(x: jax.Array, mask: jax.Array) -> jax.Array:
-        return mask & mj.keep_top(x, x.size // 5)
+    def masked(mask: jax.Array, scores: jax.Array) -> jax.Array:
+        return mask & mj.keep_top(scores, scores.size // 5)
 
-    def make(how: str) -> Any:
-        def through(x: jax.Array, mask: jax.Array, due: jax.Array) -> jax.Array:
-            if how == "neither":
-                return mask
-            if how == "cond":
-                return lax.cond(due, change, lambda _, mask: mask, x, mask)
-            return lax.while_loop(
-                lambda carry: carry[0],
-                lambda carry: (jnp.bool_(False), change(x, carry[1])),
-                (due, mask),
-            )[1]
+    def step(x: Any, scores: Any, mask: Any, due: jax.Array) -> Any:
+        if how.startswith("masks"):
+            mask = through(due, lambda mask: masked(mask, scores), mask)
+        if how.startswith("scores"):
+            scores = through(due, lambda s: 0.9 * s + 0.1 * jnp.abs(x), scores)
+        x = jnp.where(mask, 0.999 * x, 0)
+        if how.startswith("params"):
 
-        def step(x: jax.Array, mask: jax.Array, due: jax.Array) -> Any:
-            mask = through(x, mask, due)
-            return jnp.where(mask, 0.999 * x, 0), mask
+            def both(carry: Any) -> Any:
+                new = masked(carry[1], scores)
+                return jnp.where(new, carry[0], 0), new
 
-        jitted = jax.jit(step, donate_argnums=(0, 1))
-        carry = [x + 0, jnp.ones(shape, bool)]
+            x, mask = through(due, both, (x, mask))
+        return x, scores, mask
+
+    def without(x: Any, scores: Any, mask: Any, due: jax.Array) -> Any:
+        return jnp.where(mask, 0.999 * x, 0), scores, mask
+
+    def start(function: Any) -> Any:
+        jitted = jax.jit(function, donate_argnums=(0, 1, 2))
+        carry = [x + 0, jnp.abs(x), jnp.ones(shape, bool)]
 
         def run() -> Any:
             carry[:] = jitted(*carry, jnp.bool_(False))
@@ -161,8 +204,31 @@ def _condition(size: int, how: str, seconds: float) -> dict[str, Any]:
         jax.block_until_ready(run())
         return run
 
-    found = timing.paired(make(how), make("neither"), seconds=seconds)
-    return {"size": x.size, "how": how, **found}
+    return row | timing.paired(start(step), start(without), seconds=seconds)
+
+
+def _warm(size: int, moved: float, seconds: float) -> dict[str, Any]:
+    """A search from the last threshold, over one that starts anew."""
+    shape = jax.ShapeDtypeStruct((size // 1000, 1000), jnp.float32)
+    row: dict[str, Any] = {"size": size, "moved": f"{moved:.1%} of the scores"}
+    if 3 * 4 * size > machine.available():
+        return row | {"left_out": "too large"}
+    x = models.random(shape, 1.0)
+    tensors = [selection.Tensor("scores", x.shape)]
+
+    @jax.jit
+    def select(x: jax.Array, n_drop: jax.Array, hint: jax.Array) -> Any:
+        return selection.keep_masks([x], tensors, n_drop, hint=hint)
+
+    first, later = (jnp.array([round(s * x.size)]) for s in (0.8, 0.8 + moved))
+    nothing = jnp.array([counting.NO_KEY])
+    hint = select(x, first, nothing)[1]
+    jax.block_until_ready(hint)
+    return row | timing.paired(
+        lambda: select(x, later, hint),
+        lambda: select(x, later, nothing),
+        seconds=seconds,
+    )
 
 
 def _small(width: int, count: int, seconds: float) -> dict[str, Any]:
@@ -223,7 +289,7 @@ def report(found: dict[str, Any]) -> list[str]:
         ),
     )
     add(
-        "scores, against, ms, its ms, ratio, temporary bytes",
+        "scores, against, ms, its ms, ratio, temporary bytes, its",
         "masks",
         lambda r: (
             size(r["size"]),
@@ -232,11 +298,12 @@ def report(found: dict[str, Any]) -> list[str]:
             number(r["over_ms"]),
             tables.ratio(r),
             r["temp"],
+            "-" if r["its_temp"] is None else r["its_temp"],
         ),
     )
-    for key, name in (("steps", "form"), ("conditions", "how")):
+    for key, name in (("steps", "form"), ("conditions", "how"), ("warm", "moved")):
         add(
-            "params, step, ms, over, ratio",
+            f"params, {'search that' if key == 'warm' else 'step'}, ms, over, ratio",
             key,
             lambda r, name=name: (
                 size(r["size"]),
@@ -260,5 +327,5 @@ def report(found: dict[str, Any]) -> list[str]:
 
 
 def _what(row: dict[str, Any]) -> tuple[str, str]:
-    name = next(row[key] for key in ("over", "form", "how") if key in row)
+    name = next(row[key] for key in ("over", "form", "how", "moved") if key in row)
     return tables.size(row["size"]), name

@@ -55,7 +55,7 @@ def _steps(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, str, bool]]:
     for row in rows:
         if row["dtype"] != "float32" or row["size"] < 10**6:
             continue
-        bar = 3 if "prune" in row["form"] else 1.06 if "only" in row["form"] else 1.3
+        bar = 3 if "prune" in row["form"] else 1.06 if "masks" in row["form"] else 1.3
         name = f"step, {tables.size(row['size'])}, {_form(row)}"
         yield name, f"{bar}x adamw", f"{tables.ratio(row)}x", row["ratio"][1] <= bar
 
@@ -65,8 +65,8 @@ def _traffic(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, str, bool]]
         if "searches" not in row:
             continue
         name = f"bytes a tensor, {row['program']}, {row['target']}, {row['mode']}"
-        sent = row["bytes_per_tensor"]
-        yield name, "1,024", f"{sent:,.0f}", sent < 1024
+        for how, sent in {**row["typical"], "worst": row["bytes_per_tensor"]}.items():
+            yield f"{name}, {how}", "1,024", f"{sent:,.0f}", sent < 1024
     explicit = [row for row in rows if row.get("mode") == "Explicit"]
     if explicit:
         yield "explicit meshes", "work", f"{len(explicit)} programs", True

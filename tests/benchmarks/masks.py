@@ -63,8 +63,7 @@ def ways() -> dict[str, Callable[..., Callable[[], Any]] | None]:
 
     def compiled(function: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:
         def make(x: Any, host: Any, k: int) -> Callable[[], Any]:
-            jitted = jax.jit(functools.partial(function, k=k))
-            return lambda: jitted(x)
+            return functools.partial(jax.jit(functools.partial(function, k=k)), x)
 
         return make
 

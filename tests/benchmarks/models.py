@@ -35,11 +35,24 @@ FORMS = {
     "EMA scores, cubic, skip": lambda **kw: mj.movement_pruning(
         mj.cubic(0.9, begin=2, end=10**6, every=10**5, initial=0.5), **kw
     ),
+    "masks of bits, skip": lambda **kw: mj.movement_pruning(
+        0.8, mj.Magnitude(), pack_masks=True, **kw
+    ),
+    "EMA scores in bfloat16, skip": lambda **kw: mj.movement_pruning(
+        _once(), mj.EmaMagnitude(half_life=1000, scores_dtype="bfloat16"), **kw
+    ),
+    "EMA scores every 10, skip": lambda **kw: mj.movement_pruning(
+        _once(), mj.EmaMagnitude(half_life=1000, score_every=10), **kw
+    ),
     "masks only, prune": lambda **kw: mj.movement_pruning(
         _always(), mj.Magnitude(), **kw
     ),
     "EMA scores, prune": lambda **kw: mj.movement_pruning(_always(), **kw),
 }
+
+
+# Those whose cost is also measured while they look at bad steps.
+CHECKED = ("masks only, skip", "EMA scores, skip", "EMA scores, cubic, skip")
 
 
 def _once() -> mj.Stepwise:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from . import tables
+from . import tables, traffic
 
 _NO_SORT = """\
 **Changing masks** finds the exact threshold by counting: no sort, no copy of the
@@ -19,9 +19,10 @@ _MEMORY = """\
 **Memory**, in bytes a param over AdamW's: what is kept in the state, and what is
 reserved while a program runs (on a TPU with its on-chip memory, at most 128 MiB)."""
 _TRAFFIC = """\
-**Between devices** go counts. Bytes for each tensor and mask update, if all passes of
-all searches are needed, also for ties (few are, most of all where the last threshold
-helps: `pytest tests/test_selection.py -k few_passes` prints how many):"""
+**Between devices** go counts. Bytes for each tensor and mask update of normal weights,
+at first and later, with a threshold to start from (all tensors take as many passes as
+the slowest); and at most, if all passes of all searches are needed, also for ties. On
+the steps between, all tensors together:"""
 _COMPILE = """\
 **Compiling** the optimizer's step, over AdamW's:"""
 _GROWTH = """\
@@ -67,8 +68,7 @@ def _masks(found: dict[str, Any]) -> str:
         rows.append((tables.size(size), f"{tables.number(best)} ms", *others))
     head = ("scores", "`keep_top`", *(f"`{name}` takes" for name in names))
     text = f"{_NO_SORT}\n\n{tables.table(head, rows)}"
-    left = sorted({r["left_out"] for r in found["one_tensor"] if "left_out" in r})
-    return f"{text}\n\nNot run: {'; '.join(left)}." if left else text
+    return text + _left_out(found["one_tensor"])
 
 
 def _steps(rows: list[dict[str, Any]]) -> str:
@@ -109,7 +109,7 @@ def _memory(rows: list[dict[str, Any]]) -> str:
         if "left_out" not in row
     ]
     head = ("program", "params", "compiled for", "state", "temporary")
-    return f"{_MEMORY}\n\n{tables.table(head, lines)}"
+    return f"{_MEMORY}\n\n{tables.table(head, lines)}{_left_out(rows)}"
 
 
 def _traffic(rows: list[dict[str, Any]]) -> str:
@@ -118,13 +118,17 @@ def _traffic(rows: list[dict[str, Any]]) -> str:
             row["target"],
             row["mode"],
             row["program"],
+            *traffic.typical(row),
             f"{row['bytes_per_tensor']:,.0f}",
             f"{row['kernel_bytes'] / row['tensors']:,.0f}",
+            f"{row['skip_step']:,}" if "skip_step" in row else "-",
         )
         for row in rows
         if "left_out" not in row
     ]
-    head = ("mesh", "axes", "masks by", "bytes a tensor", "of its own")
+    head = "mesh, axes, masks by, first, later, most, bytes it has, skip step".split(
+        ", "
+    )
     return f"{_TRAFFIC}\n\n{tables.table(head, lines)}"
 
 
@@ -149,8 +153,9 @@ def _growth(found: dict[str, Any]) -> str:
     head = ("params", "mask update, ms", "step that skips, over adamw")
     text = f"{_GROWTH}\n\n{tables.table(head, lines)}"
     built = [row for row in found["devices"] if "left_out" not in row]
+    text += _left_out(found["masks"] + found["steps"])
     if not built:
-        return text
+        return text + _left_out(found["devices"])
     lines = [
         (
             row["target"],
@@ -166,4 +171,15 @@ def _growth(found: dict[str, Any]) -> str:
     return (
         f"{text}\n\n{size} params, compiled for TPUs; each device then holds, reserves "
         f"and, in a mask update, receives:\n\n{tables.table(head.split(', '), lines)}"
+        f"{_left_out(found['devices'])}"
     )
+
+
+def _left_out(rows: list[dict[str, Any]]) -> str:
+    """What could not be measured, and why."""
+    said = [
+        f"{row.get('target') or tables.size(row['size'])}: {row['left_out']}"
+        for row in rows
+        if "left_out" in row
+    ]
+    return f"\n\nNot run: {'; '.join(dict.fromkeys(said))}." if said else ""

@@ -24,7 +24,7 @@ def measure(quick: bool) -> list[dict[str, Any]]:
         for dtype in (jnp.float32,) if quick else (jnp.float32, jnp.bfloat16):
             params = models.abstract(shapes, dtype)
             cases = [(form, False) for form in models.FORMS]
-            cases += [(form, True) for form in models.FORMS if "skip" in form]
+            cases += [(form, True) for form in models.CHECKED]
             for form, check in cases if not quick else cases[2:4]:
                 rows.append(
                     {
