@@ -31,6 +31,14 @@ _MISSING = [
 collect_ignore = ["test_aot.py"] if len(_MISSING) == len(_COMPILERS) else []
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """What is nightly is slow, so that `-m "not slow"` leaves it out as well."""
+    for item in items:
+        if item.get_closest_marker("nightly"):
+            item.add_marker("slow")
+
+
 def pytest_report_header():
     """Says what is left out, and how to have it run."""
     if collect_ignore:

@@ -280,7 +280,7 @@ def test_prune_works_through_it(name, form, wrapper):
         assert np.sum(~np.asarray(mask)) == round(0.8 * mask.size)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name, form, wrapper", MATRIX)
 def test_the_full_matrix_keeps_the_core_of_the_contract(name, form, wrapper):
     states, traces = run(name, form, wrapper)

@@ -108,7 +108,7 @@ def test_what_the_optimizer_remembers_of_grown_weights_is_as_at_first(name):
     check_memory(*OPTIMIZERS[name])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", MORE_OPTIMIZERS)
 def test_so_it_is_for_every_other_optimizer(name):
     check_memory(*MORE_OPTIMIZERS[name])

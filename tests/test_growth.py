@@ -271,7 +271,7 @@ METHODS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(not DIGITS.exists(), reason=f"needs handwritten digits in {DIGITS}")
 def test_on_handwritten_digits_rigl_beats_a_static_mask():
     medians = {}

@@ -315,7 +315,7 @@ def test_what_is_prunable_is_cut_exactly(start):
     assert np.mean(np.array(found) > 0) > 0.5  # in the rest there was nothing to cut
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("start", range(QUICK, MORE, 50))
 def test_what_is_prunable_is_cut_exactly_in_more_programs(start):
     for seed in range(start, start + 50):
