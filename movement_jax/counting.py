@@ -142,8 +142,8 @@ def tally(
     """How often each of several predicates holds, in one pass over them all.
 
     Args:
-      predicates: at least two bool arrays of one shape, different from each other:
-        XLA for CPU stores the operand of a lone integer sum as int32 first.
+      predicates: at least two arrays of bools, or of 0 and 1, of one shape, different
+        from each other: XLA for CPU stores the operand of a lone integer sum first.
       axes: to count over; default all.
 
     Returns:
@@ -339,8 +339,11 @@ def _count_keys(
     start: jax.Array,
 ) -> list[jax.Array]:
     x = _score(x, tensor)
-    below = [x <= top for top in _rows(table, tensor, start)]
-    return _sums(below if kept is None else [~kept | b for b in below], tensor)
+    below = [(x <= top).astype(jnp.int32) for top in _rows(table, tensor, start)]
+    if kept is not None:  # as integers, which XLA for CPU widens but once
+        dropped = 1 - kept.astype(jnp.int32)
+        below = [dropped | b for b in below]
+    return _sums(below, tensor)
 
 
 @functools.partial(jax.jit, static_argnums=4)

@@ -37,13 +37,15 @@ from movement_jax.wide import Wide
 # and fewer where their places are compared as well.
 CANDIDATES = 7
 _TIES = 3
-# Around a key from an earlier search, in steps of the key axis: the same, and within
-# .8, 6 and 50 %.
-_REACH = np.array([-(2**22), -(2**19), -(2**16), 0, 2**16, 2**19, 2**22], np.int32)
+# Around a key from an earlier search, in steps of the key axis: the same, within .4, 2
+# and 6 % above it, as thresholds rise on a schedule, and up to twice it or half of it.
+_REACH = np.array([-(2**22), -(2**18), 0, 2**15, 2**17, 2**19, 2**23], np.int32)
 # Without one: where the magnitudes of weights usually lie, every few octaves.
 _USUAL = np.array([key_of(2.0**e) for e in (-16, -10, -7, -5, -3, 0, 5)], np.int32)
-# Around a guess, in standard deviations of the count up to it.
-_SPREAD = {CANDIDATES: (-3, -1.5, -0.5, 0, 0.5, 1.5, 3), _TIES: (-1.5, 0, 1.5)}
+# Around a guess: so many times its distance from the lower end, and so many standard
+# deviations of the count up to it. Two are far from it, should it be wrong.
+_TIMES = {CANDIDATES: (1 / 3, 1, 1, 1, 1, 1, 3), _TIES: (1, 1, 1)}
+_SPREAD = {CANDIDATES: (0, -2, -0.7, 0, 0.7, 2, 0), _TIES: (-1.5, 0, 1.5)}
 _EVEN = 2**22  # widest interval in which values are guessed to be spread evenly
 _GUESSES = 6  # passes in which it may be guessed; two or three are lost if it is wrong
 
@@ -293,15 +295,20 @@ def _guess(
     now: _Search, goal: _Each | _Together, passes: jax.Array, candidates: int
 ) -> tuple[jax.Array, jax.Array]:
     """Whether to guess, and how far from ``now.low``, int32; any guess will do."""
-    width = distance(now.low, now.high)
-    even = (passes < _GUESSES) & (width > 2 * candidates + 2) & (width <= _EVEN)
+    width, missing = distance(now.low, now.high), goal.rest(now.count_low)
+    between = missing - goal.rest(now.count_high)
+    # Equal parts tell few values apart as well as a guess does.
+    few = 2 * candidates + 2
+    even = (passes < _GUESSES) & (width > few) & (width <= _EVEN) & (between > few)
     length = jnp.where(even, width, 2).astype(jnp.float32)
-    missing = goal.rest(now.count_low)
-    between = jnp.maximum(missing - goal.rest(now.count_high), 1)
+    between = jnp.maximum(between, 1)
     part = jnp.clip((missing - 0.5) / between, 0, 1)
     error = jnp.sqrt(part * (1 - part) / between) + 0.5 / between
+    times = np.array(_TIMES[candidates], np.float32)[:, None]
     spread = np.array(_SPREAD[candidates], np.float32)[:, None]
-    guess = part * length + spread * jnp.maximum(error * length, 1)
+    most = (1 + part) / 2  # half of the way to the upper end
+    guess = jnp.minimum(times * part, most) * length
+    guess += spread * jnp.maximum(error * length, 1)
     return even, guess.astype(jnp.int32)
 
 

@@ -47,8 +47,8 @@ ROOMS = {  # what is changed, and the tests that should notice, quick ones first
     ),
 }
 # How a search guesses: whatever these are, it ends at the same mask, only later.
-SPEED = {"CANDIDATES", "_TIES", "_REACH", "_SPREAD", "_EVEN", "_GUESSES", "_guess"}
-SPEED |= {"hint", "key_of"}
+SPEED = {"CANDIDATES", "_TIES", "_REACH", "_USUAL", "_TIMES", "_SPREAD", "_EVEN"}
+SPEED |= {"_GUESSES", "_guess", "hint", "key_of"}
 SWAPS: dict[type, type] = {
     ast.Lt: ast.LtE,
     ast.LtE: ast.Lt,
