@@ -89,7 +89,10 @@ def both(reason, *, ours=OURS, naive=NAIVE, raises=()):
       naive: what fails.
       raises: exceptions that naive code may end with, besides a failed assertion.
     """
-    values = [pytest.param(ours, id="ours"), failing(naive, reason=reason, raises=raises)]
+    values = [
+        pytest.param(ours, id="ours"),
+        failing(naive, reason=reason, raises=raises),
+    ]
     return pytest.mark.parametrize("subject", values)
 
 

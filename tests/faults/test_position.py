@@ -146,7 +146,7 @@ def test_D3_ten_are_wrong_and_twenty_right():
 
 
 @pytest.mark.parametrize("order", ["adam", "MultiSteps", "apply_if_finite", "masked"])
-def test_D3_naive_code_in_right_orders_leaves_exact_zeros_too(order):
+def test_D3_naive_code_that_comes_last_leaves_exact_zeros_too(order):
     last = optax.chain(optax.adam(1e-2), naive.pruning())
     tx = {
         "adam": last,

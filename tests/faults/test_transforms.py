@@ -49,14 +49,14 @@ def eager_masks_at(sparsity, subject):
     return np.asarray(masks_at(sparsity, subject))
 
 
-def scanned(masks_at):
-    return lambda level: jax.lax.scan(lambda _, x: (0, masks_at(x)), 0, level[None])
+def scan_over(masks_at, levels):
+    return jax.lax.scan(lambda _, x: (0, masks_at(x)), 0, levels)[1]
 
 
 WAYS = {
     "jit": jax.jit,
-    "vmap": lambda f: lambda level: jax.vmap(f)(jnp.stack([level, level]))[1],
-    "scan": lambda f: lambda level: jax.jit(scanned(f))(level)[1][0],
+    "vmap": lambda f: jax.jit(lambda x: jax.vmap(f)(jnp.stack([x, x]))[1]),
+    "scan": lambda f: jax.jit(lambda x: scan_over(f, x[None])[0]),
     "remat": lambda f: jax.jit(jax.checkpoint(f)),
 }
 COUNTING = dataclasses.replace(
