@@ -98,12 +98,16 @@ def kill_saves(n, seed=0):
         with tempfile.TemporaryDirectory() as root:
             directory, started = pathlib.Path(root, "run"), pathlib.Path(root, "at")
             pid = apart(save_on_and_on, mj.checkpoint.save, directory, started)
-            if rng.random() < 0.8:  # else in the first save of all, or before
+            way = rng.random()
+            if way < 0.8:  # else in the first save of all, or before
                 while not started.exists():
                     time.sleep(0.005)
-                killed = kill(pid, rng.uniform(0, 0.4))
+            if way < 0.5:  # while it writes
+                while not any("tmp" in name for name in os.listdir(directory)):
+                    time.sleep(0.001)
+                killed = kill(pid, rng.uniform(0, 0.03))
             else:
-                killed = kill(pid, rng.uniform(0, 1.5))
+                killed = kill(pid, rng.uniform(0, 0.4 if way < 0.8 else 1.5))
             assert killed == -signal.SIGKILL, killed
             done = int(started.read_text()) if started.exists() else -1
             left = os.listdir(directory) if directory.exists() else []

@@ -317,7 +317,8 @@ def test_F1_F2_killed_processes_lose_nothing(subject):
     assert "0" in lost  # of naive code, neither overwriting nor not waiting may do
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     if "--trainings" in subject:
-        assert re.search(r"trainings with [3-9] kills: 0 ended", done.stdout)
+        trained = re.search(r"trainings with (\d+) kills: 0 ended", done.stdout)
+        assert trained and int(trained[1]) >= 3
 
 
 @against_orbax("overwrite=True replaces a good step")
