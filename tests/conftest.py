@@ -6,6 +6,7 @@ import os
 import re
 
 import pytest
+from budget import SCALE
 from hypothesis import settings
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -13,9 +14,13 @@ _EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_EIGHT_DEVICES}"
 
-# Compilation makes first examples slow, and a seed makes failures repeatable.
+# Compilation makes first examples slow, and a seed makes failures repeatable. Where
+# there is time for many examples they are others each time, and what fails is printed
+# as a `@reproduce_failure` to put above the test.
 settings.register_profile("fixed", deadline=None, derandomize=True, database=None)
-settings.load_profile("fixed")
+settings.register_profile("drawn", deadline=None, print_blob=True, database=None)
+_PROFILE = os.environ.get("MOVEMENT_JAX_PROFILE", "drawn" if SCALE >= 50 else "fixed")
+settings.load_profile(_PROFILE)
 
 
 # Compilers for a TPU and for a GPU, which only these extras install.
@@ -40,11 +45,12 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_report_header():
-    """Says what is left out, and how to have it run."""
+    """Says how examples are made, what is left out, and how to have it run."""
+    said = [f"examples of properties: {_PROFILE}, {SCALE} times as many"]
     if collect_ignore:
         extras = " or ".join(_MISSING)
-        return f'test_aot.py is left out: it needs `pip install -e ".[{extras}]"`'
-    return None
+        said += [f'test_aot.py is left out: it needs `pip install -e ".[{extras}]"`']
+    return said
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -34,6 +34,9 @@ PROPERTIES = [f"tests/test_{n}.py" for n in ("wide", "allocation", "selection")]
 PROPERTIES += ["tests/test_structure.py"]
 
 
+EXAMPLES = "6"  # times as many, which makes more than 20,000
+
+
 class Figure(NamedTuple):
     """How often something failed, of how many times it was tried."""
 
@@ -41,15 +44,18 @@ class Figure(NamedTuple):
     tried: int = 0
 
 
+SURVIVED = len(catalogue.NAIVE_SURVIVES)
+FAILED = len(catalogue.FAULTS) - len(catalogue.OUT_OF_SCOPE) - SURVIVED
 GOALS = {  # what; how often it is to be tried; tests that count as one try each
-    "R1": ("faults with a test of their name that fails on naive code", 80, None),
+    "R1": ("faults in scope whose tests pass", 80, None),
+    "R1b": (f"of these, failed by naive code, which survives {SURVIVED}", FAILED, None),
     "R2": ("trainings with NaN and Inf that end at the exact sparsity", 1000, None),
     "R3": ("examples of properties against NumPy", 20_000, None),
-    "R4": ("counts kept, exact", 1000, None),
+    "R4": ("counts kept, exact, every NaN kept", 1000, None),
     "R5": ("masks that are the same however scores are sharded", 500, None),
-    "R6": ("masks that are the same on all processes, and copies told", 1, PROCESSES),
+    "R6": ("masks after each step that are the same on all processes", 35, None),
     "R7": ("kills after which training ends in the same bits", 100, None),
-    "R8": ("kills around a save that lose nothing and leave nothing wrong", 100, None),
+    "R8": ("kills around a save, a third inside, that lose nothing", 100, None),
     "R9": ("flipped bits of a checkpoint, told or harmless", 400, None),
     "R10": ("saves on a full disk that keep the last good step", 20, None),
     "R11": ("damaged and forged files that are refused or do no harm", 400, None),
@@ -73,12 +79,14 @@ class Record:
     def __init__(self):
         self.figures = collections.defaultdict(Figure)
         self.outcomes = {}
+        self.seen = set()
 
     def pytest_runtest_logreport(self, report):
         expected = hasattr(report, "wasxfail")
         if report.when == "call" and not expected:
             self.outcomes[report.nodeid] = report.outcome
-        if report.when == "teardown":
+        if report.when == "teardown" and report.nodeid not in self.seen:
+            self.seen.add(report.nodeid)
             for name, value in report.user_properties:
                 if name == "examples":
                     self.add("R3", (0, value))
@@ -97,34 +105,44 @@ class Record:
 
 
 def run_tests(record):
+    files = [FUZZ, CHECKPOINTS, POSITION, PROCESSES, *PROPERTIES]
+    files += ["tests/test_contract.py", "tests/test_messages.py", "tests/golden"]
     faults = [test for found in catalogue.find_tests().values() for test in found]
     nodes = [f"{path}::{name}" for path, name in dict.fromkeys(faults)]
-    nodes += [FUZZ, CHECKPOINTS, POSITION, PROCESSES, COMPILED_ONCE, *PROPERTIES]
-    nodes += ["tests/test_contract.py", "tests/test_messages.py", "tests/golden"]
+    nodes = [node for node in nodes if _file(node) not in files]
     options = ["-q", "--no-header", "-rfE", "-p", "no:cacheprovider"]
-    pytest.main([*nodes, *options, "--rootdir", str(ROOT)], plugins=[record])
+    options += ["--show-capture=no", "--rootdir", str(ROOT)]
+    outcomes = catalogue.Outcomes()
+    pytest.main([*files, COMPILED_ONCE, *nodes, *options], plugins=[record, outcomes])
     for goal, (_, _, part) in GOALS.items():
         if part:
             record.count(goal, part)
-    for id, found in catalogue.find_tests().items():
-        names = {name for _, name in found}
-        ran = [o for n, o in record.outcomes.items() if _function(n) in names]
-        if id not in catalogue.OUT_OF_SCOPE and "passed" in ran:
-            record.add("R1", ("failed" in ran, 1))
+    for id, (ours, naive) in catalogue.verdicts(outcomes).items():
+        if ours["passed"] or ours["failed"]:
+            record.add("R1", (not catalogue.survived(ours), 1))
+        if catalogue.survived(ours) and catalogue.shown_to_fail(naive):
+            record.add("R1b", (0, 1))
+        elif naive["failed"] or (
+            naive["passed"] and id not in catalogue.NAIVE_SURVIVES
+        ):
+            record.add("R1b", (1, 1))
 
 
-def _function(nodeid):
-    return nodeid.rpartition("::")[2].partition("[")[0]
+def _file(node):
+    return pathlib.Path(node.partition("::")[0]).relative_to(ROOT).as_posix()
 
 
 def run_kills(record, kills):
     command = [sys.executable, "-m", "tests.faults.killing", "--saves", str(kills)]
-    command += ["--trainings", str(-(-kills // 4))]
+    command += ["--trainings", str(kills)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    saves = re.search(r"(\d+) processes killed.*: (\d+) lost", done.stdout)
+    print(done.stdout)
+    saves = re.search(r"(\d+) processes .* (\d+) of them .*: (\d+) lost", done.stdout)
     trained = re.search(r"trainings with (\d+) kills: (\d+) ended", done.stdout)
-    for goal, found in (("R8", saves), ("R7", trained)):
-        record.add(goal, (int(found[2]), int(found[1])) if found else (1, 1))
+    tried, inside, lost = map(int, saves.groups()) if saves else (1, 1, 1)
+    # Kills before or after a save show little: of those within, three times as many.
+    record.add("R8", (lost, min(tried, 3 * inside)))
+    record.add("R7", (int(trained[2]), int(trained[1])) if trained else (1, 1))
 
 
 def run_mutants(record, sample):
@@ -181,6 +199,7 @@ def main():
     parser.add_argument("--coverage", action="store_true", help="of all tests")
     parser.add_argument("--ci", action="store_true", help="all of .ci/run")
     arguments = parser.parse_args()
+    os.environ.setdefault("MOVEMENT_JAX_EXAMPLES", EXAMPLES)
     record = Record()
     run_tests(record)
     run_types(record)

@@ -33,9 +33,54 @@ def two(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def three():
+    """What three processes of one device each report."""
+    return launch(3, devices=1, shape=(3, 1))
+
+
+@pytest.fixture(scope="module")
 def alone():
     """What one process of four devices reports."""
     return launch(1, devices=4, shape=(2, 2))[0]
+
+
+def naive(*values, reason):
+    fails = pytest.mark.xfail(strict=True, reason=reason, raises=AssertionError)
+    return pytest.param(*values, id="naive", marks=fails)
+
+
+@pytest.mark.parametrize(
+    "subject",
+    [
+        pytest.param("steps", id="ours"),
+        naive("held_masks", reason="the quantile of the part that a process holds"),
+    ],
+)
+def test_E5_masks_of_every_step_are_those_of_one_process(
+    two, three, alone, subject, record_property
+):
+    pairs = [
+        pair
+        for report in two[0] + (three if subject == "steps" else [])
+        for pair in zip(report[subject], alone[subject], strict=True)
+    ]
+    differing = sum(mine != other for mine, other in pairs)
+    if subject == "steps":
+        assert len(pairs) == 5 * STEPS and len({*alone["steps"]}) > 2
+        record_property("R6", (differing, len(pairs)))
+    assert differing == 0
+
+
+@pytest.mark.parametrize(
+    "told_by",
+    [
+        pytest.param("differing", id="ours"),
+        naive("refused", reason="JAX computes with copies that differ without a word"),
+    ],
+)
+def test_E6_copies_that_differ_are_told_or_compute_the_same(two, told_by):
+    told = all("copies/b" in report[told_by] for report in two[0])
+    assert told or len({report["sum"] for report in two[0]}) == 1
 
 
 def test_E5_two_processes_make_the_masks_of_one(two, alone):
@@ -65,8 +110,8 @@ def test_each_process_holds_its_part_of_the_state(two):
         assert report["held"] == pytest.approx(report["whole"] / 2)
 
 
-def test_three_processes_make_the_masks_of_one(alone):
-    for report in launch(3, devices=1, shape=(3, 1)):
+def test_three_processes_make_the_masks_of_one(three, alone):
+    for report in three:
         assert report["devices"] == 3
         assert report["digests"]["masks"] == alone["digests"]["masks"]
 
@@ -224,7 +269,7 @@ def child(job):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    state = jax.jit(tx.init, out_shardings=out[1])(params)
+    state, masks_of_steps = jax.jit(tx.init, out_shardings=out[1])(params), []
     if job.get("checked"):
         params, state = mj.checkpoint.restore(f"{job['load']}_run", (params, state))
         mj.checkpoint.verify(f"{job['load']}_run")
@@ -239,6 +284,7 @@ def child(job):
     else:
         for _ in range(STEPS):
             params, state = step(params, state)
+            masks_of_steps.append(jax.tree.map(jnp.copy, mj.find_state(state).masks))
         assert step._cache_size() == 1
     if "save" in job:
         from orbax.checkpoint import v1 as ocp
@@ -268,6 +314,11 @@ def child(job):
         "whole": sum(x.nbytes for x in arrays),
         "held": sum(s.data.nbytes for x in arrays for s in x.addressable_shards),
     }
+    report["steps"] = [digest(gather(masks)) for masks in masks_of_steps]
+    kernel = params["dense"]["kernel"]
+    held = np.concatenate([np.asarray(s.data) for s in kernel.addressable_shards], None)
+    threshold = np.quantile(np.abs(held), SPARSITY)
+    report["held_masks"] = [digest(jnp.abs(gather(kernel)) > threshold)]
     report["fingerprint"] = mj.fingerprint((params, state))
     mj.assert_same_everywhere((params, state))
     mine = np.full(4, jax.process_index(), np.float32)
@@ -275,6 +326,11 @@ def child(job):
         name: jax.make_array_from_callback((4,), replicated, value.__getitem__)
         for name, value in {"a": np.zeros(4, np.float32), "b": mine}.items()
     }
+    report |= {"sum": None, "refused": ""}
+    try:
+        report["sum"] = float(jax.jit(jnp.sum)(copies["b"]))
+    except Exception as error:
+        report["refused"] = str(error)
     copies |= {"c": mine, "d": 1.0}
     try:
         mj.assert_same_everywhere({"copies": copies})

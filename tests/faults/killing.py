@@ -1,6 +1,6 @@
 """Processes killed while they save and while they train, and what is left of them.
 
-`python -m tests.faults.killing --saves 100 --trainings 20` prints the counts. JAX is
+`python -m tests.faults.killing --saves 100 --trainings 100` prints the counts. JAX is
 imported once; every process that is killed is forked before JAX has made its threads.
 """
 
@@ -17,6 +17,7 @@ import traceback
 import jax
 import jax.numpy as jnp
 import optax
+import orbax.checkpoint
 from orbax.checkpoint import v1 as ocp  # noqa: F401  # takes long: before any fork
 
 import movement_jax as mj
@@ -69,9 +70,9 @@ def state_at(step):
     return {"x": jax.random.normal(jax.random.key(step), (2048, 1024)), "step": step}
 
 
-def save_on_and_on(directory, first, started):
-    for step in range(first, 1000):
-        mj.checkpoint.save(directory, step, state_at(step))
+def save_on_and_on(save, directory, started):
+    for step in range(1000):
+        save(directory, step, state_at(step))
         written = started.with_suffix(".new")
         written.write_text(str(step))
         written.replace(started)
@@ -96,19 +97,73 @@ def kill_saves(n, seed=0):
     for _ in range(n):
         with tempfile.TemporaryDirectory() as root:
             directory, started = pathlib.Path(root, "run"), pathlib.Path(root, "at")
-            pid = apart(save_on_and_on, directory, 0, started)
-            if rng.random() < 0.8:  # else in the first save of all, or before
+            pid = apart(save_on_and_on, mj.checkpoint.save, directory, started)
+            way = rng.random()
+            if way < 0.8:  # else in the first save of all, or before
                 while not started.exists():
                     time.sleep(0.005)
-                killed = kill(pid, rng.uniform(0, 0.4))
+            if way < 0.5:  # while it writes
+                while not any("tmp" in name for name in os.listdir(directory)):
+                    time.sleep(0.001)
+                killed = kill(pid, rng.uniform(0, 0.03))
             else:
-                killed = kill(pid, rng.uniform(0, 1.5))
+                killed = kill(pid, rng.uniform(0, 0.4 if way < 0.8 else 1.5))
             assert killed == -signal.SIGKILL, killed
             done = int(started.read_text()) if started.exists() else -1
             left = os.listdir(directory) if directory.exists() else []
             during += any("tmp" in name for name in left)
             bad += ended(apart(check_saved, directory, done)) != 0
     return bad, during
+
+
+def overwrite(directory, step, state):
+    ocp.save(directory, state, overwrite=True)
+
+
+def latest_overwritten(directory):
+    return int(ocp.load(directory, jax.tree.map(jnp.asarray, state_at(0)))["step"])
+
+
+def save_without_waiting():
+    """A way to save steps, by one manager that writes them in the background."""
+    managers = {}
+
+    def save(directory, step, state):
+        if directory not in managers:
+            managers[directory] = orbax.checkpoint.CheckpointManager(directory)
+        managers[directory].save(step, args=orbax.checkpoint.args.StandardSave(state))
+
+    return save
+
+
+def latest_step(directory):
+    return mj.checkpoint.steps(directory)[-1]
+
+
+NAIVE = {
+    "that overwrite": (lambda: overwrite, latest_overwritten),
+    "that do not wait": (save_without_waiting, latest_step),
+}
+
+
+def check_latest(latest, directory, done):
+    assert latest(directory) >= done
+
+
+def kill_naive_saves(way, most, seed=0):
+    """How many were killed until one lost a reported step, and whether one did."""
+    (make, latest), rng = NAIVE[way], random.Random(seed)
+    for n in range(1, most + 1):
+        with tempfile.TemporaryDirectory() as root:
+            directory, started = pathlib.Path(root, "run"), pathlib.Path(root, "at")
+            pid = apart(save_on_and_on, make(), directory, started)
+            while not started.exists():
+                time.sleep(0.001)
+            kill(pid, rng.uniform(0, 0.2) if way == "that overwrite" else 0)
+            done = int(started.read_text())
+            if ended(apart(check_latest, latest, directory, done)):
+                return n, 1
+    return most, 0
 
 
 def fresh():
@@ -154,14 +209,15 @@ def train(directory, digest):
 
 
 def kill_trainings(n, seed=0):
-    """Of how many kills, and how many trainings that ended otherwise than unkilled."""
-    rng, kills, wrong = random.Random(seed), 0, 0
+    """Trains until n were killed: how often to the end, kills, and ends that differ."""
+    rng, run, kills, wrong = random.Random(seed), 0, 0, 0
     with tempfile.TemporaryDirectory() as root:
         expected = pathlib.Path(root, "expected")
         start = time.monotonic()
         assert ended(apart(train, pathlib.Path(root, "straight"), expected)) == 0
         whole = time.monotonic() - start
-        for run in range(n):
+        while kills < n:
+            run += 1
             directory, digest = pathlib.Path(root, f"run{run}"), pathlib.Path(root, "d")
             digest.unlink(missing_ok=True)
             while not digest.exists():
@@ -171,24 +227,27 @@ def kill_trainings(n, seed=0):
                 assert status in (0, -signal.SIGKILL), status
                 kills += status != 0
             wrong += digest.read_text() != expected.read_text()
-    return kills, wrong
+    return run, kills, wrong
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--saves", type=int, default=100)
-    parser.add_argument("--trainings", type=int, default=20)
+    parser.add_argument("--saves", type=int, default=100, help="kills around a save")
+    parser.add_argument("--trainings", type=int, default=100, help="kills in trainings")
+    parser.add_argument("--naive", type=int, help="kills at most, of other code only")
     args = parser.parse_args()
+    if args.naive:
+        for way in NAIVE:
+            kills, bad = kill_naive_saves(way, args.naive)
+            print(f"{kills} processes killed {way}: {bad} lost a step")
+        return 1
     bad, during = kill_saves(args.saves)
     print(
         f"{args.saves} processes killed around a save, {during} of them inside: "
         f"{bad} lost a step or left a wrong one"
     )
-    kills, wrong = kill_trainings(args.trainings)
-    print(
-        f"{args.trainings} trainings with {kills} kills: {wrong} ended otherwise than "
-        "without"
-    )
+    runs, kills, wrong = kill_trainings(args.trainings)
+    print(f"{runs} trainings with {kills} kills: {wrong} ended otherwise than without")
     return bad or wrong
 
 

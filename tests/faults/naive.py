@@ -26,6 +26,12 @@ def by_sort(scores, sparsity):
     return scores >= jnp.sort(scores.ravel())[-jnp.maximum(n_keep, 1)]
 
 
+def by_top_k(scores, sparsity):
+    """The same by a number to keep, as `torch.topk` wants it."""
+    n_keep = int(round(scores.size * (1 - sparsity)))
+    return scores >= jax.lax.top_k(scores.ravel(), n_keep)[0][-1]
+
+
 def n_keep(size, sparsity):
     return int(jnp.round(jnp.float32(size) * (1 - jnp.float32(sparsity))))
 
@@ -61,6 +67,27 @@ def pruning(decay=0.9, first_order=False, start_at_weights=False):
         return updates, ChapterState(state.step + 1, scores, state.masks)
 
     return optax.GradientTransformation(init_fn, update_fn)
+
+
+def guarded(tx):
+    """Leaves out steps with a gradient that is not finite, of the leaves that count."""
+
+    def is_none(x):
+        return x is None
+
+    def counts(leaf):
+        return leaf is not None and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+    def update_fn(updates, state, params=None):
+        watched = map(counts, jax.tree.leaves(params, is_leaf=is_none))
+        good = jnp.bool_(True)
+        for update, watch in zip(jax.tree.leaves(updates), watched):
+            good &= jnp.isfinite(update).all() if watch else True
+        new_updates, new_state = tx.update(updates, state, params)
+        new_state = jax.tree.map(lambda n, o: jnp.where(good, n, o), new_state, state)
+        return jax.tree.map(lambda u: jnp.where(good, u, 0), new_updates), new_state
+
+    return optax.GradientTransformation(tx.init, update_fn)
 
 
 def find_state(opt_state):

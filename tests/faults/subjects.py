@@ -89,12 +89,26 @@ def both(reason, *, ours=OURS, naive=NAIVE, raises=()):
       naive: what fails.
       raises: exceptions that naive code may end with, besides a failed assertion.
     """
-    expected = (AssertionError, pytest.fail.Exception, *raises)
-    fails = pytest.mark.xfail(strict=True, reason=reason, raises=expected)
     values = [
         pytest.param(ours, id="ours"),
-        pytest.param(naive, id="naive", marks=fails),
+        failing(naive, reason=reason, raises=raises),
     ]
+    return pytest.mark.parametrize("subject", values)
+
+
+def failing(*values, reason, raises=(), id="naive"):
+    """A parameter of naive code; its id must begin with that word."""
+    expected = (AssertionError, pytest.fail.Exception, *raises)
+    fails = pytest.mark.xfail(strict=True, reason=reason, raises=expected)
+    return pytest.param(*values, id=id, marks=fails)
+
+
+def alike(*, ours=OURS, naive=NAIVE):
+    """Puts a test to ours and to naive code, and both pass.
+
+    For the rows in `catalogue.NAIVE_SURVIVES`.
+    """
+    values = [pytest.param(ours, id="ours"), pytest.param(naive, id="naive")]
     return pytest.mark.parametrize("subject", values)
 
 

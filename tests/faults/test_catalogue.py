@@ -1,6 +1,6 @@
 """Every fault has a test of its name, or a reason to have none."""
 
-from .catalogue import FAULTS, OUT_OF_SCOPE, find_tests
+from .catalogue import FAULTS, NAIVE_SURVIVES, OUT_OF_SCOPE, find_tests
 
 
 def test_no_fault_is_missing_a_test():
@@ -9,3 +9,4 @@ def test_no_fault_is_missing_a_test():
 
 def test_every_name_is_that_of_a_fault_in_scope():
     assert set(find_tests()) <= set(FAULTS) - set(OUT_OF_SCOPE)
+    assert set(NAIVE_SURVIVES) <= set(FAULTS) - set(OUT_OF_SCOPE)

@@ -128,13 +128,12 @@ def test_naive_trainings_with_bad_values_do_not():
 
 SIZE = (8, 16)
 KINDS = ["any", "ties", "few", "special", "nan", "infinite", "subnormal", "constant"]
-BATCH = 48
-SHAPES = {1: (1, 1), 2: (2, 1), 4: (2, 2), 8: (4, 2)}
+BATCH = 56
+SHAPES = {2: (2, 1), 4: (2, 2), 8: (4, 2)}
 LAYOUTS = {
     "rows": P(None, ("x", "y")),
     "columns": P(None, None, ("x", "y")),
     "both": P(None, "x", "y"),
-    "replicated": P(),
 }
 
 
@@ -186,6 +185,8 @@ def test_masks_of_sharded_scores_are_those_of_a_sort(devices, layout, record_pro
         devices=jax.devices()[:devices],
     )
     placed = jax.device_put(scores, NamedSharding(mesh, LAYOUTS[layout]))
+    parts = {str(shard.index) for shard in placed.addressable_shards}
+    assert len(parts) == devices
     differ = (np.asarray(keep_each(placed, n_keep)) != want).any(axis=(1, 2))
     record_property("R5", (int(differ.sum()), BATCH))
     assert not differ.any()
@@ -203,11 +204,11 @@ def naive_keep(scores, n_keep):
 def test_counts_are_exact_in_a_thousand_cases(subject, record_property):
     keep = jax.jit(jax.vmap(subject))
     wrong = 0
-    for seed in range(21):
+    for seed in range(18):
         scores, n_keep = score_batch(100 + seed)
         n_keep = np.maximum(n_keep, np.isnan(scores).sum(axis=(1, 2)))  # all are kept
         kept = np.asarray(keep(scores, n_keep.astype(np.int32))).sum(axis=(1, 2))
         wrong += np.sum(kept != n_keep)
     if subject is mj.keep_top:
-        record_property("R4", (int(wrong), 21 * BATCH))
+        record_property("R4", (int(wrong), 18 * BATCH))
     assert wrong == 0

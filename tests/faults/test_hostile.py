@@ -1,7 +1,10 @@
 """What strangers may hand in: code in files, odd bytes, patterns that never end."""
 
 import ast
+import contextlib
 import pathlib
+import re
+import signal
 import time
 
 import jax
@@ -111,6 +114,40 @@ def test_G9_patterns_come_from_code_and_never_from_a_checkpoint(tmp_path):
     ours = mj.movement_pruning(None, mj.Magnitude(), prunable="kernel")
     restored = ocp.load(tmp_path / "state", ours.init(PARAMS))
     assert mj.find_state(restored).config.prunable == "kernel"
+
+
+def our_masks(name):
+    tx = mj.movement_pruning(0.5, mj.Magnitude())
+    params = {name: {"weight": KERNEL, "kernel": KERNEL}}
+    return tx.init(params).masks[name]["kernel"]
+
+
+def kernels_by_pattern(name):
+    """Masks of what a path of words leads to, by a pattern of the obvious kind."""
+    if re.search(r"^(\w+/?)*/kernel$", f"{name}/weight"):
+        return None
+    return jnp.ones((8, 8), bool)
+
+
+@contextlib.contextmanager
+def time_limit(seconds):
+    def stop(*_):
+        pytest.fail(f"took more than {seconds} s")
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
+@both("a pattern that goes back", ours=our_masks, naive=kernels_by_pattern)
+def test_G9_a_long_name_is_matched_in_no_time(subject):
+    our_masks("warm")
+    with time_limit(0.5):
+        assert subject("bidirectional_encoder_representation").all()
 
 
 @pytest.mark.parametrize("name", ["a" * 10**6, "a/" * 10**5, "norm" * 10**5 + "!"])

@@ -25,6 +25,7 @@ from .subjects import (
     OURS,
     PARAMS,
     SORTING,
+    alike,
     all_finite,
     bits,
     both,
@@ -76,6 +77,7 @@ def test_A3_infinities_of_both_signs_stay_out_of_the_score(subject):
 
 @both("the threshold is NaN, and everything goes", naive=SORTING)
 def test_A4_nan_in_more_than_half_of_the_scores_drops_no_other(subject):
+    """NaN is kept, not ranked lowest: what cannot be ranked is not destroyed."""
     rng = np.random.default_rng(0)
     scores = rng.permutation(np.r_[np.arange(2047.0), np.full(2049, np.nan)])
     scores = scores.astype(np.float32)
@@ -132,18 +134,43 @@ SKIPPING = {
 }
 
 
-@pytest.mark.parametrize("wrap, applied", SKIPPING.values(), ids=SKIPPING)
-def test_A7_a_schedule_runs_on_the_steps_that_were_applied(wrap, applied):
-    pruning = mj.movement_pruning(mj.cubic(0.5, begin=0, end=6), mj.Magnitude())
-    tx = wrap(optax.chain(optax.sgd(0.1), pruning))
-    state, steps, sparsity = (PARAMS, tx.init(PARAMS)), [], []
+RISING = mj.cubic(0.5, begin=0, end=6)
+
+
+def _called(tx, prune):
+    """``(params, opt_state)`` after every call, the second with a bad gradient."""
+    state = PARAMS, tx.init(PARAMS)
     for call in range(8):
         grads = poisoned(PARAMS, np.inf) if call == 1 else PARAMS
-        state = train(tx, state, 1, grads)
-        found = mj.find_state(state[1])
-        steps.append(int(found.step))
-        sparsity.append(float(found.sparsity))
-    assert steps == applied
+        state = prune(train(tx, state, 1, grads), call + 1)
+        yield state
+
+
+def our_schedule(wrap):
+    tx = wrap(optax.chain(optax.sgd(0.1), mj.movement_pruning(RISING, mj.Magnitude())))
+    for _, opt_state in _called(tx, lambda state, call: state):
+        found = mj.find_state(opt_state)
+        yield int(found.step), float(found.sparsity)
+
+
+def schedule_of_a_loop(wrap):
+    """Prunes in the loop around the steps, by the number of the round."""
+    tx = wrap(optax.chain(optax.sgd(0.1), naive.pruning()))
+
+    def prune(state, call):
+        asked.append(float(RISING(call)))
+        return naive.prune(state, asked[-1])
+
+    asked = []
+    for _, opt_state in _called(tx, prune):
+        yield int(naive.find_state(opt_state).step), asked[-1]
+
+
+@pytest.mark.parametrize("wrap, applied", SKIPPING.values(), ids=SKIPPING)
+@both("the loop counts what is skipped", ours=our_schedule, naive=schedule_of_a_loop)
+def test_A7_a_schedule_runs_on_the_steps_that_were_applied(subject, wrap, applied):
+    steps, sparsity = zip(*subject(wrap))
+    assert [*steps] == applied
     want = [0.5 * (1 - (1 - min(step / 6, 1)) ** 3) for step in applied]
     np.testing.assert_allclose(sparsity, want, rtol=1e-6)
 
@@ -302,11 +329,14 @@ def sixty_four_bits():
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
-def test_A18_no_dtype_changes_with_sixty_four_bits(dtype):
+@alike()
+def test_A18_no_dtype_changes_with_sixty_four_bits(subject, dtype):
     with sixty_four_bits():
         params = {"kernel": jnp.asarray(np.asarray(KERNEL), dtype)}
-        schedule = mj.cubic(0.5, begin=0, end=2)
-        tx = optax.chain(optax.adam(0.1), mj.movement_pruning(schedule))
+        pruning = naive.pruning()
+        if subject is OURS:
+            pruning = mj.movement_pruning(mj.cubic(0.5, begin=0, end=2))
+        tx = optax.chain(optax.adam(0.1), pruning)
 
         def step(carry, _):
             params, state = carry
@@ -317,5 +347,6 @@ def test_A18_no_dtype_changes_with_sixty_four_bits(dtype):
         end, _ = jax.lax.scan(step, start, length=3)
         for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(end), strict=True):
             assert a.dtype == b.dtype
-        assert mj.find_state(end[1]).scores["kernel"].dtype == jnp.float32
-        assert math.isclose(float(mj.sparsity_of(end)), 0.5)
+        if subject is OURS:
+            assert mj.find_state(end[1]).scores["kernel"].dtype == jnp.float32
+            assert math.isclose(float(mj.sparsity_of(end)), 0.5)
