@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from movement_jax import counting, schedules, selection, wide
-from movement_jax.arguments import make_plain, plain
+from movement_jax.arguments import check_number, compiled, make_plain, plain
 from movement_jax.counting import Tensor
 from movement_jax.schedules import Target
 from movement_jax.wide import Wide
@@ -261,12 +261,7 @@ class PerPath:
         _check_min_keep(self)
         for pattern, value in self._pairs:
             schedules.check_sparsity(f"rules[{pattern!r}]", value)
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(
-                    f"`rules` has no regular expression: {pattern!r} ({error})."
-                ) from None
+            compiled("rules", pattern)
         object.__setattr__(self, "rules", self._pairs)  # a dict has no hash
 
     def check(self, tensors: Sequence[Tensor]) -> None:
@@ -482,8 +477,7 @@ def most_dropped(sizes: np.ndarray, allocation: Any) -> np.ndarray:
 def _check_min_keep(allocation: Any) -> None:
     make_plain(allocation, "min_keep")
     value = allocation.min_keep
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"`min_keep` must be a number, got {value!r}.")
+    check_number("min_keep", value)
     if isinstance(value, float) and not 0 < value < 1 or value < 0:
         raise ValueError(
             "`min_keep` must be a count of at least 0 or a fraction in (0, 1), got "

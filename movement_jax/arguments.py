@@ -1,6 +1,7 @@
 """Numbers that users give: taken from NumPy as from Python."""
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,7 @@ def make_plain(instance: Any, *names: str) -> None:
 
 def decay_of(half_life: float) -> float:
     """The decay that halves in so many steps."""
-    if isinstance(half_life, bool) or not isinstance(half_life, int | float):
-        raise TypeError(f"`half_life` must be a number of steps, got {half_life!r}.")
+    check_number("half_life", half_life)
     if not (half_life > 0 and math.isfinite(half_life)):
         raise ValueError(
             f"`half_life` is a number of steps and must be positive, got {half_life}."
@@ -56,18 +56,24 @@ def resolve_decay(instance: Any, default: float) -> None:
     object.__setattr__(instance, "decay", float(decay))
 
 
+def check_number(name: str, value: Any) -> None:
+    """Refuses what is no Python number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(
+            f"`{name}` must be a number, got {value!r} of type {type(value).__name__}."
+        )
+
+
 def check_positive(name: str, value: Any) -> None:
     """Refuses what is no finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"`{name}` must be a number, got {value!r}.")
+    check_number(name, value)
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"`{name}` must be positive, got {value}.")
 
 
 def check_not_negative(name: str, value: Any) -> None:
     """Refuses what is no finite number of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"`{name}` must be a number, got {value!r}.")
+    check_number(name, value)
     if not (value >= 0 and math.isfinite(value)):
         raise ValueError(f"`{name}` must be at least 0, got {value}.")
 
@@ -75,15 +81,14 @@ def check_not_negative(name: str, value: Any) -> None:
 def check_every(name: str, value: Any) -> None:
     """Refuses what is no number of steps."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"`{name}` must be a number of steps, got {value!r}.")
+        raise TypeError(f"`{name}` must be a whole number of steps, got {value!r}.")
     if value < 1:
         raise ValueError(f"`{name}` must be at least 1 step, got {value}.")
 
 
 def check_fraction(name: str, value: Any) -> None:
     """Refuses what is no number in [0, 1)."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"`{name}` must be a number in [0, 1), got {value!r}.")
+    check_number(name, value)
     if not 0 <= value < 1:
         raise ValueError(f"`{name}` must be in [0, 1), got {value}.")
 
@@ -94,3 +99,15 @@ def check_seed(value: Any) -> None:
         raise TypeError(
             f"`seed` must be an integer, got {value!r}. For example `seed=0`."
         )
+
+
+def compiled(name: str, pattern: Any) -> re.Pattern[str]:
+    """A regular expression, ready to search with; refuses what is none."""
+    try:
+        regex: re.Pattern[str] = re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f"`{name}` takes regular expressions, and {pattern!r} is none ({error}). "
+            "To find a path as it stands, give `re.escape(path)`."
+        ) from None
+    return regex

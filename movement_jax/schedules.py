@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from movement_jax.arguments import make_plain, plain
+from movement_jax.arguments import check_every, make_plain, plain
 
 _RUN_FRACTION = "a step, or a fraction of `total_steps`"
 
@@ -126,10 +126,7 @@ class Stepwise:
                 "`Stepwise` would miss the end of a schedule that has a grid of its "
                 f"own: write `cubic(..., every={self.every})`."
             )
-        if isinstance(self.every, bool) or not isinstance(self.every, int):
-            raise TypeError(f"`every` must be a number of steps, got {self.every!r}.")
-        if self.every < 1:
-            raise ValueError(f"`every` must be at least 1, got {self.every}.")
+        check_every("every", self.every)
         if not callable(self.schedule):
             check_sparsity("schedule", self.schedule)
 

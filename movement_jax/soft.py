@@ -135,8 +135,7 @@ class SoftMovement:
         else:
             arguments.check_not_negative("penalty", self.penalty)
         highest = self._final_threshold
-        if isinstance(highest, bool) or not isinstance(highest, int | float):
-            raise TypeError(f"`threshold` must be a number in (0, 1), got {highest!r}.")
+        arguments.check_number("threshold", highest)
         if not 0 < highest < 1:
             raise ValueError(f"`threshold` must be in (0, 1), got {highest}.")
         if self.from_magnitude is None:

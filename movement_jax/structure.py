@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from movement_jax import grouping
-from movement_jax.arguments import make_plain, plain
+from movement_jax.arguments import compiled, make_plain, plain
 from movement_jax.counting import Tensor
 from movement_jax.grouping import Reduce
 from movement_jax.units import Units
@@ -250,12 +250,7 @@ def checked(structure: Any) -> Structure | Rules | Units:
         for pattern, value in structure.items():
             if not isinstance(value, Structure):
                 raise _no_structure(f"`structure`[{pattern!r}]", value)
-            try:
-                re.compile(pattern)
-            except (re.error, TypeError) as error:
-                raise ValueError(
-                    f"`structure` has no regular expression: {pattern!r} ({error})."
-                ) from None
+            compiled("structure", pattern)
         return tuple(structure.items())
     raise _no_structure("`structure`", structure)
 
@@ -340,8 +335,10 @@ def _integers(name: str, values: Any, least: int | None, right: str) -> tuple[in
     whole = tuple(map(plain, values)) if isinstance(values, tuple | list) else ()
     right_kind = all(isinstance(x, int) and not isinstance(x, bool) for x in whole)
     if not whole or not right_kind or (least is not None and min(whole) < least):
-        kind = "integers" if least is None else f"integers of at least {least}"
-        raise ValueError(f"`{name}` takes {kind}, got {values!r}. Write `{right}`.")
+        range_ = "" if least is None else f" of at least {least}"
+        raise ValueError(
+            f"`{name}` takes integers{range_}, got {values!r}. Write `{right}`."
+        )
     return whole
 
 

@@ -1,6 +1,5 @@
 """The optax transformation: how a training step scores weights and keeps masks true."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import optax
 
 from movement_jax import (
+    arguments,
     counting,
     exchange,
     masking,
@@ -308,15 +308,14 @@ def _check_arguments(
         sparsity = np.asarray(sparsity).item()
     if sparsity is not None and not callable(sparsity) and not _is_array(sparsity):
         schedules.check_sparsity("sparsity", sparsity)
-    for name, value, method in (
-        ("criterion", criterion, "scores"),
-        ("allocation", allocation, "n_drop"),
+    for name, value, method, example in (
+        ("criterion", criterion, "scores", "EmaMagnitude()"),
+        ("allocation", allocation, "n_drop", "Uniform()"),
     ):
         if isinstance(value, type) or not hasattr(value, method):
             raise TypeError(
-                f"`{name}` must be an object such as "
-                f"`{'EmaMagnitude()' if name == 'criterion' else 'Uniform()'}`, got "
-                f"{value!r}."
+                f"`{name}` must be an object with a method `{method}`, such as "
+                f"`{example}`, got {value!r}."
             )
         try:
             hash(value)
@@ -390,12 +389,7 @@ def _highest(sparsity: Any) -> Any:
 def _check_stacked(stacked: str | None, weights: Any) -> None:
     if stacked is None:
         return
-    try:
-        re.compile(stacked)
-    except (re.error, TypeError) as error:
-        raise ValueError(
-            f"`stacked` is no regular expression: {stacked!r} ({error})."
-        ) from None
+    arguments.compiled("stacked", stacked)
     tensors = tensors_in(weights, stacked)
     chosen = [t for t in tensors if t.stacked]
     if not chosen or any(len(t.shape) < 2 for t in chosen):

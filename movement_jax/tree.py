@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from movement_jax.arguments import compiled
+
 _SHOWN_PATHS = 20
 _DENSE_WEIGHTS = re.compile(r"embed|norm", re.IGNORECASE)
 
@@ -133,13 +135,8 @@ def _default_rule(name: str, leaf: Any) -> bool:
 
 
 def _search_rule(pattern: str | re.Pattern[str]) -> Callable[[str, Any], bool]:
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f"`prunable` is no regular expression: {pattern!r} ({error})"
-        ) from None
-    return lambda name, leaf: compiled.search(name) is not None
+    regex = compiled("prunable", pattern)
+    return lambda name, leaf: regex.search(name) is not None
 
 
 def _is_float(leaf: Any) -> bool:

@@ -237,13 +237,17 @@ def test_params_may_be_a_tuple():
 
 def test_nothing_scored_yet_is_said():
     state = state_of({"kernel": WEIGHTS}, mj.EmaMagnitude())
-    with pytest.raises(ValueError, match="Nothing has been scored yet"):
+    with pytest.raises(
+        ValueError, match=r"`agreement` ranks .* accumulate. Train first\.$"
+    ):
         mj.agreement(state, mj.Magnitude(), 0.5)
 
 
 def test_a_finalized_state_is_refused():
     state = mj.finalize(mj.prune(state_of({"kernel": WEIGHTS}), 0.5))
-    with pytest.raises(ValueError, match="before `finalize`"):
+    with pytest.raises(
+        ValueError, match="was finalized and its scores are gone.*`agreement`"
+    ):
         mj.agreement(state, mj.Magnitude(), 0.5)
 
 
@@ -274,7 +278,13 @@ def test_a_state_of_another_model_is_refused():
         mj.agreement(state_of({"kernel": WEIGHTS}), other, 0.5)
 
 
-@pytest.mark.parametrize("other", [mj.Magnitude, "magnitude", None])
+def test_the_class_of_a_criterion_is_refused():
+    message = r"`other` must be an object such as `Magnitude\(\)`, got the class"
+    with pytest.raises(TypeError, match=message):
+        mj.agreement(state_of({"kernel": WEIGHTS}), mj.Magnitude, 0.5)
+
+
+@pytest.mark.parametrize("other", ["magnitude", None])
 def test_what_is_neither_criterion_state_nor_masks_is_refused(other):
-    with pytest.raises(TypeError, match=r"Magnitude\(\)"):
+    with pytest.raises(TypeError, match=r"or a tree of masks .*; got \w+.$"):
         mj.agreement(state_of({"kernel": WEIGHTS}), other, 0.5)

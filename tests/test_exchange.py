@@ -406,7 +406,7 @@ def test_the_longer_path_wins_where_one_ends_with_the_other():
     [
         (
             {"inner": None},
-            r"resets what.*`movement_pruning\(0.9, {}\(end=7_500\), .*in",
+            r"resets what the optimizer .*`movement_pruning\(0.9, {}\(end=7_500\)",
         ),
         ({"regrow": True}, "grows weights by itself.*Leave it out"),
         ({"structure": mj.NM(2, 4)}, "exchanges.*N:M pattern keeps"),

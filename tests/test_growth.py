@@ -198,7 +198,7 @@ def test_a_sparsity_that_rises_drops_by_magnitude_and_is_met():
     "make, error, message",
     [
         (lambda: mj.RigL(0), ValueError, "`end` must be at least 1 step, got 0"),
-        (lambda: mj.RigL(0.75), TypeError, "`end` must be a number of steps"),
+        (lambda: mj.RigL(0.75), TypeError, "`end` must be a whole number of steps"),
         (lambda: mj.RigL(10, every=1), ValueError, "`every` must be at least 2"),
         (lambda: mj.SET(10, every=0), ValueError, "`every` must be at least 1 step"),
         (lambda: mj.SET(10, drop_fraction=1), ValueError, "`drop_fraction` must be in"),

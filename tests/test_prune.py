@@ -285,15 +285,23 @@ def pruned(sparsity, tx=TX):
         (lambda: pruned(jnp.float32(80)), ValueError, "got 80.0. Did you mean 0.8?"),
         (lambda: pruned(np.float64(-1)), ValueError, "got -1.0"),
         (lambda: pruned(float("nan")), ValueError, "got nan"),
-        (lambda: pruned(True), TypeError, "True of type bool. For example"),
+        (
+            lambda: pruned(True),
+            TypeError,
+            "must be a fraction of the weights to drop.*True of type bool",
+        ),
         (lambda: pruned("0.8"), TypeError, "'0.8' of type str. .*`sparsity=0.8`"),
         (lambda: pruned(None), TypeError, "None of type NoneType"),
-        (lambda: pruned(jnp.ones(2)), ValueError, r"shape \(2,\).*=PerPath\({...}\)`"),
+        (
+            lambda: pruned(jnp.ones(2)),
+            ValueError,
+            r"must be a scalar, got shape \(2,\).*=PerPath\({...}\)`",
+        ),
         (lambda: pruned(1.0), ValueError, r"say so with `allocation=Uniform\(min_kee"),
         (
             lambda: pruned(0.5, mj.movement_pruning()),
             ValueError,
-            r"Nothing has been scored yet.*`Magnitude\(\)`",
+            r"been scored yet: `prune` ranks weights .*`Magnitude\(\)`",
         ),
         (lambda: pruned(0.5, optax.adam(1.0)), ValueError, "Found no `movement_prunin"),
         (

@@ -211,7 +211,10 @@ def test_no_state_is_an_error_that_shows_the_right_chain():
     ids=["side by side", "nested"],
 )
 def test_two_states_are_an_error_that_names_the_way_out(tx):
-    with pytest.raises(ValueError, match=r"Found 2 .*`allocation=PerPath\({...}\)`"):
+    with pytest.raises(
+        ValueError,
+        match=r"Found 2 .* Use one `movement_pruning` .*`allocation=PerPath\({...}\)`",
+    ):
         mj.find_state(tx.init(PARAMS))
 
 

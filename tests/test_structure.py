@@ -648,7 +648,11 @@ def test_the_structure_is_kept_with_the_state_and_hashes():
         (lambda: mj.Block(()), ValueError, r"at least 1, got \(\)"),
         (lambda: mj.Block((4, 0)), ValueError, r"got \(4, 0\)"),
         (lambda: mj.Block((4, 2.0)), ValueError, r"got \(4, 2.0\)"),
-        (lambda: mj.Block((4,), 4), ValueError, r"`reduce` must be .*got 4.*Block\("),
+        (
+            lambda: mj.Block((4,), 4),
+            ValueError,
+            r"got 4. Several sizes or axes go in a tuple, as .*Block\(",
+        ),
         (lambda: mj.Axis("rows"), ValueError, r"got \('rows',\). Write `Axis"),
         (lambda: mj.Axis(True), ValueError, "True"),
         (lambda: mj.Axis(()), ValueError, r"got \(\).*Axis\(-1\)"),
@@ -667,9 +671,14 @@ def test_the_structure_is_kept_with_the_state_and_hashes():
             r"`structure`\['a'\] must be .*got '2:4'",
         ),
         (
+            lambda: mj.movement_pruning(structure=mj.Axis(0), axis_name="x"),
+            ValueError,
+            "A `structure` groups weights of whole tensors, .* `axis_name` splits",
+        ),
+        (
             lambda: mj.movement_pruning(structure={"(": mj.NM(2, 4)}),
             ValueError,
-            r"no regular expression: '\('",
+            r"`structure` takes regular expressions, and '\('",
         ),
         (
             lambda: mj.movement_pruning(0.9, structure=mj.NM(2, 4)),
@@ -691,10 +700,16 @@ def test_a_wrong_structure_is_refused_with_the_reason(make, error, message):
 @pytest.mark.parametrize(
     "structure, message",
     [
-        ({"nothing": mj.Axis(0)}, r"(?s)\['nothing'\].*conv/kernel\n  dense/kernel"),
+        (
+            {"nothing": mj.Axis(0)},
+            r"(?s)`structure` has patterns .*'nothing'.*conv/kernel\n  dense/kernel",
+        ),
         ({"": mj.Axis(0), "conv": mj.Axis(1)}, r"decide nothing: \['conv'\]"),
         (mj.Block((2, 2, 2)), r"more axes than 'dense/kernel' of shape \(12, 16\)"),
-        (mj.Axis(2), r"needs axis 2, which 'dense/kernel'"),
+        (
+            mj.Axis(2),
+            r"`=.* needs axis 2, which 'dense/kernel' .*Give this path a structure",
+        ),
         (mj.Axis((0, -2)), r"names an axis of 'dense/kernel' .* twice"),
         ({"dense": mj.NM(1, 9, -3)}, r"needs axis -3, which 'dense/kernel'"),
         ({"dense": mj.NM(2, 4)}, r"'dense/kernel', and `sparsity` asks for 0.8"),

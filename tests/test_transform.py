@@ -323,12 +323,12 @@ class Unhashable:
         (
             lambda: mj.movement_pruning(0.5, mj.Magnitude),
             TypeError,
-            r"`criterion` must be an object such as `EmaMagnitude\(\)`",
+            r"`criterion` must be an object with a method `scores`.*`EmaMagnitude\(\)",
         ),
         (
             lambda: mj.movement_pruning(0.5, allocation="global"),
             TypeError,
-            r"`allocation` must be an object such as `Uniform\(\)`, got 'global'",
+            r"with a method `n_drop`, such as `Uniform\(\)`, got 'global'",
         ),
         (
             lambda: mj.movement_pruning(0.5, Unhashable()),
@@ -404,5 +404,5 @@ def test_a_percentage_in_a_jax_array_is_refused():
 
 
 def test_a_stacked_pattern_must_be_a_regular_expression():
-    with pytest.raises(ValueError, match="`stacked` is no regular expression"):
+    with pytest.raises(ValueError, match="`stacked` takes regular expressions"):
         mj.movement_pruning(stacked="(").init({"kernel": jnp.ones((2, 2))})

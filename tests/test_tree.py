@@ -180,7 +180,7 @@ def test_a_flag_never_selects_what_cannot_be_ranked():
 @pytest.mark.parametrize(
     "prunable, message",
     [
-        ("(", r"`prunable` is no regular expression: '\('"),
+        ("(", r"`prunable` takes regular expressions, and '\('"),
         ("nowhere", r"(?s)`prunable`='nowhere' selects no.*\n  dense/bias\n"),
         ({"mlp": True}, "tree of bools that does not fit `params`.*prefix of it"),
         (lambda path: True, "regular expression or a tree of bools, got <function"),

@@ -129,4 +129,4 @@ def shape_dtype(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(tuple(x.shape), x.dtype)
     if isinstance(x, bool | int | float | complex):
         return jax.ShapeDtypeStruct((), jnp.result_type(x), weak_type=True)
-    raise TypeError(type(x).__name__)
+    raise TypeError(f"{x!r} is no array, no number and nothing with a shape.")

@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from movement_jax.shrink.groups import Group, Groups, searching
+from movement_jax.arguments import compiled
+from movement_jax.shrink.groups import Group, Groups
 
 Scope = Literal["group", "by_kind", "global"]
 _SCOPES = ("group", "by_kind", "global")
@@ -107,11 +108,12 @@ def _levels(sparsity: Any, groups: list[Group]) -> dict[str, float]:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not 0 <= value < 1:
             raise ValueError(
-                f"`sparsity` must be in [0, 1), got {value!r}. A fraction for each "
-                "group is `{'mlp/up': 0.5, 'query': 0.25}`."
+                "`sparsity` is the fraction of the units to drop, in [0, 1), got "
+                f"{value!r}. A fraction for each group is "
+                "`{'mlp/up': 0.5, 'query': 0.25}`."
             )
     levels, used = {}, set()
-    searches = {pattern: searching("sparsity", pattern) for pattern in rules}
+    searches = {pattern: compiled("sparsity", pattern).search for pattern in rules}
     for group in groups:
         for pattern, value in rules.items():
             if searches[pattern](group.name):

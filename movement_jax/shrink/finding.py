@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 
+from movement_jax.arguments import compiled
 from movement_jax.shrink import analysis, dims
 from movement_jax.shrink.analysis import Analysis
 from movement_jax.shrink.dims import Atom, Layout
 from movement_jax.shrink.flows import Exactness
-from movement_jax.shrink.groups import Group, Groups, Member, Status, searching
+from movement_jax.shrink.groups import Group, Groups, Member, Status
 
 
 def find_groups(
@@ -101,7 +102,7 @@ def _pin_outputs(found: Analysis, which: bool | Callable[[str], bool]) -> None:
 
 def _pin_by_name(found: Analysis, patterns: Iterable[str]) -> None:
     for pattern in patterns:
-        hits, search = 0, searching("pin", pattern)
+        hits, search = 0, compiled("pin", pattern).search
         for name, axes in zip(found.names, found.axes):
             for axis, layout in enumerate(axes):
                 if search(f"{name}:{axis}"):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 
 from movement_jax import report
 from movement_jax import tree as _tree
+from movement_jax.arguments import compiled
 from movement_jax.grouping import Reduce
 from movement_jax.shrink import dims
 from movement_jax.shrink.analysis import Analysis
@@ -136,7 +137,7 @@ class Groups:
           >>> [group.name for group in groups.only("up:1").groups]
           ['up:1']
         """
-        search = searching("pattern", pattern)
+        search = compiled("pattern", pattern).search
         found = tuple(g for g in self.groups if search(g.name))
         if not found:
             raise ValueError(
@@ -348,7 +349,8 @@ class Groups:
         missing = [name for name in shapes if name not in leaves]
         if missing and not holes:
             raise ValueError(
-                f"`{what}` does not fit the groups: {missing[:5]} missing."
+                f"`{what}` does not fit the groups: {missing[:5]} missing. Give the "
+                "whole tree that `find_groups` was given."
             )
         return leaves
 
@@ -389,16 +391,6 @@ class Groups:
                 )
             stays[group.leaf] = mask
         return stays
-
-
-def searching(argument: str, pattern: str) -> Callable[[str], Any]:
-    """Where a regular expression is found; refuses what is none."""
-    try:
-        return re.compile(pattern).search
-    except (re.error, TypeError) as error:
-        raise ValueError(
-            f"`{argument}` is no regular expression: {pattern!r} ({error})"
-        ) from None
 
 
 def _per_unit(x: Any, member: Member, size: int, reduce: str) -> jax.Array:

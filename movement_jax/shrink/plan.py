@@ -198,7 +198,10 @@ class Plan:
         named = dict(_tree.named_leaves(params))
         missing = [name for name in small if name not in named]
         if missing:
-            raise ValueError(f"`params` does not fit the plan: {missing[:5]} missing.")
+            raise ValueError(
+                f"`params` does not fit the plan: {missing[:5]} missing. Give the "
+                "whole tree that `plan.shrink(params)` returns."
+            )
         for name, x in named.items():
             self._check_leaf("params", name, x, small)
 

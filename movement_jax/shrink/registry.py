@@ -36,7 +36,10 @@ def register_rule(
       >>> shrink.register_rule("my_scaled_tanh", dims=rules.elementwise)
     """
     if primitive in rules.RULES:
-        raise ValueError(f"`primitive`={primitive!r} has a rule already.")
+        raise ValueError(
+            f"`primitive`={primitive!r} has a rule already. Register a rule once, and "
+            "under a name that is no primitive of JAX."
+        )
     rules.RULES[primitive] = dims
     if zero_flow is not None:
         zero_rules.RULES[primitive] = zero_flow

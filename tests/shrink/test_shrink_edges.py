@@ -12,7 +12,7 @@ from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from movement_jax import shrink
-from movement_jax.shrink import dims, jaxprs, rules
+from movement_jax.shrink import analysis, dims, jaxprs, rules
 from movement_jax.shrink.scalars import evaluate
 
 X = jnp.asarray(np.random.default_rng(5).normal(size=(4, 6)), jnp.float32)
@@ -314,6 +314,11 @@ def test_a_program_with_constants_that_have_no_value_is_refused():
     program = types.SimpleNamespace(constvars=(1,), invars=(), eqns=(), outvars=())
     with pytest.raises(NotImplementedError, match="constants that have no value"):
         jaxprs._program(program)
+
+
+def test_what_has_no_shape_is_refused():
+    with pytest.raises(TypeError, match="'x' is no array, no number and nothing"):
+        analysis.shape_dtype("x")
 
 
 def test_axes_that_cannot_be_split_or_equated():

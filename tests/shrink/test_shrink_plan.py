@@ -188,12 +188,17 @@ def test_smaller_modules_are_the_same_or_told_apart(name):
         assert check(rebuilt=small.apply).worst < 1e-4
     else:
         assert check().worst < 1e-4
-        with pytest.raises(ValueError, match="`rebuilt` is another model"):
+        with pytest.raises(
+            ValueError,
+            match="`rebuilt` is another model.*result '' differs by .* the largest is",
+        ):
             check(rebuilt=small.apply)
 
 
 def test_a_rebuilt_model_with_other_results_is_refused():
-    with pytest.raises(ValueError, match=r"shapes \(4, 1\), .* \(4, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"`rebuilt` returns arrays of shapes \(4, 1\), .* \(4, 3\)"
+    ):
         shrink.verify(model, PARAMS, PLAN, X, rebuilt=lambda p, x: model(p, x)[:, :1])
 
 
@@ -277,7 +282,9 @@ def test_shrink_like_refuses_factored_and_flattened_states():
     factored = optax.adafactor(1e-3, min_dim_size_to_factor=2).init(PARAMS)
     with pytest.raises(ValueError, match="the plan says"):
         PLAN.shrink_like(factored)
-    with pytest.raises(ValueError, match="flatten"):
+    with pytest.raises(
+        ValueError, match="whose path ends in that of a param.*`optax.flatten`"
+    ):
         PLAN.shrink_like({"mu": jnp.ones(80)})
 
 
@@ -424,18 +431,24 @@ ERRORS = {
     "nothing": (lambda: GROUPS.plan({"up:1": np.zeros(8, bool)}), "keeps no unit"),
     "pinned": (
         lambda: GROUPS.plan({"up:0": np.arange(6) < 3}),
-        "'up:0', which is pinned: axis 1 of input 0",
+        "`keep` cuts 'up:0', which is pinned: axis 1 of input 0.*Leave it out.$",
     ),
     "no keep": (lambda: GROUPS.plan([1, 2]), "`keep` maps names"),
-    "reduce": (lambda: GROUPS.unit_scores(PARAMS, "avg"), "`reduce` must be"),
-    "scores": (lambda: GROUPS.unit_scores({"up": X}), "`scores` does not fit"),
+    "reduce": (
+        lambda: GROUPS.unit_scores(PARAMS, "avg"),
+        r"`reduce` must be one of \(.*\), got 'avg'",
+    ),
+    "scores": (
+        lambda: GROUPS.unit_scores({"up": X}),
+        "the groups were found with \\(6, 8\\)",
+    ),
     "sparsity": (
         lambda: shrink.choose(GROUPS, {"up:1": np.ones(8)}, 1.0),
-        r"`sparsity` must be in \[0, 1\)",
+        r"of the units to drop, in \[0, 1\), got 1.0. A fraction for each",
     ),
     "pattern": (
         lambda: shrink.choose(GROUPS, {"up:1": np.ones(8)}, {"head": 0.5}),
-        "decide nothing",
+        r"`sparsity` has patterns that decide nothing: \['head'\]",
     ),
     "no names": (lambda: shrink.choose(GROUPS, [X], 0.5), "`scores` maps names of gro"),
     "scores of others": (
@@ -444,24 +457,27 @@ ERRORS = {
     ),
     "part of it": (
         lambda: GROUPS.dead({"up": PARAMS["up"]}),
-        r"`params` does not fit the groups: \['bias', 'down'\] missing",
+        r"fit the groups: \['bias', 'down'\] missing.* that `find_groups` was",
     ),
     "part of what was cut": (
         lambda: shrink.shrunk(model, PLAN)({"up": X}, X),
-        r"`params` does not fit the plan: \['bias', 'down'\] missing",
+        r"`params` does not fit the plan: \['bias', 'down'\] missing.*`plan.shrink",
     ),
     "scope": (lambda: shrink.choose(GROUPS, {}, 0.5, scope="all"), "`scope` must be"),
-    "round": (lambda: shrink.choose(GROUPS, {}, 0.5, round_to=0), "`round_to` must"),
+    "round": (
+        lambda: shrink.choose(GROUPS, {}, 0.5, round_to=0),
+        "`round_to` must be an integer of at least 1, got 0",
+    ),
     "unknown": (lambda: shrink.choose(GROUPS, {"x": X}, 0.5), "no prunable groups"),
     "pattern of sparsity": (
         lambda: shrink.choose(GROUPS, {"up:1": np.ones(8)}, {"(": 0.5}),
-        r"`sparsity` is no regular expression: '\('",
+        r"`sparsity` takes regular expressions, and '\('",
     ),
     "pattern of pin": (
         lambda: shrink.find_groups(model, PARAMS, X, pin="("),
-        "`pin` is no regular expression",
+        "`pin` takes regular expressions",
     ),
-    "pattern of only": (lambda: GROUPS.only("("), "`pattern` is no regular expression"),
+    "pattern of only": (lambda: GROUPS.only("("), "`pattern` takes regular expr"),
     "no plan to verify": (
         lambda: shrink.verify(model, PARAMS, None, X),
         "`plan` must be a `Plan`, got NoneType",
@@ -493,7 +509,7 @@ ERRORS = {
         lambda: shrink.shrunk(lambda p, x: x @ p["a"] @ p["b"], UNTIED)(
             {"a": jnp.ones((6, 2)), "b": jnp.ones((2, 3))}, X
         ),
-        "ties axis",
+        "does not fit `fn`, which ties axis . of '[ab]'",
     ),
 }
 UNTIED = shrink.Plan(

@@ -478,11 +478,14 @@ ERRORS = {
         lambda: init(structure=GROUPS, allocation=mj.PerPath({"head": 0.5})),
         "decide nothing",
     ),
-    "reduce": (lambda: GROUPS.units("max"), "`reduce` must be 'mean' or 'sum'"),
+    "reduce": (
+        lambda: GROUPS.units("max"),
+        r"`reduce` .*got 'max'. Write `groups.units",
+    ),
     "only": (lambda: GROUPS.only("head"), "found in no name of a group"),
     "masks with holes": (
         lambda: GROUPS.kept({"a": {"kernel": jnp.zeros((6, 12), bool)}}),
-        r"'a/kernel:1' with weights in \['a/bias', 'b/kernel'\]",
+        r"`masks` drop units of 'a/kernel:1' with weights in \['a/bias', 'b/kernel'\]",
     ),
     "all of it": (
         lambda: mj.prune((PARAMS, init(structure=GROUPS)), 1.0),
