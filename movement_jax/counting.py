@@ -341,7 +341,7 @@ def _count_keys(
     x = _score(x, tensor)
     below = [(x <= top).astype(jnp.int32) for top in _rows(table, tensor, start)]
     if kept is not None:  # as integers, which XLA for CPU widens but once
-        dropped = 1 - kept.astype(jnp.int32)
+        dropped = jnp.where(kept, jnp.int32(0), jnp.int32(1))
         below = [dropped | b for b in below]
     return _sums(below, tensor)
 

@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -110,7 +111,7 @@ def run_tests(record):
     faults = [test for found in catalogue.find_tests().values() for test in found]
     nodes = [f"{path}::{name}" for path, name in dict.fromkeys(faults)]
     nodes = [node for node in nodes if _file(node) not in files]
-    options = ["-q", "--no-header", "-rfE", "-p", "no:cacheprovider"]
+    options = ["-q", "--no-header", "-rfE", "-p", "no:cacheprovider", "-m", ""]
     options += ["--show-capture=no", "--rootdir", str(ROOT)]
     outcomes = catalogue.Outcomes()
     pytest.main([*files, COMPILED_ONCE, *nodes, *options], plugins=[record, outcomes])
@@ -154,17 +155,17 @@ def run_mutants(record, sample):
 
 
 def run_coverage(record):
-    coverage = [sys.executable, "-m", "coverage"]
     with tempfile.TemporaryDirectory() as folder:
         report = pathlib.Path(folder, "report.json")
         environment = os.environ | {"COVERAGE_FILE": str(report.with_name("data"))}
-        for command in (
-            ["run", "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"],
-            ["combine", "-q"],
-            ["json", "-q", "-o", str(report)],
-        ):
-            subprocess.run([*coverage, *command], cwd=ROOT, env=environment)
-        totals = json.loads(report.read_text())["totals"]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        command += ["-m", "", "--cov", f"--cov-report=json:{report}"]
+        subprocess.run(command, cwd=ROOT, env=environment)
+        found = json.loads(report.read_text())
+    for name, file in found["files"].items():
+        if missed := file["missing_lines"] + file["missing_branches"]:
+            print(f"{name}: {missed}")
+    totals = found["totals"]
     missed = totals["missing_lines"] + totals["missing_branches"]
     record.add("R13", (missed, totals["num_statements"] + totals["num_branches"]))
 
@@ -183,6 +184,7 @@ def run_types(record):
         ["pyrefly", "check", "--python-interpreter-path", sys.executable],
         ["mypy", "--strict", "--python-executable", sys.executable],
     ):
+        command[0] = shutil.which(command[0], path=_scripts()) or command[0]
         try:
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         except FileNotFoundError:
@@ -190,6 +192,11 @@ def run_types(record):
         found = re.search(r"(\d+) errors?", done.stdout + done.stderr)
         errors += int(found[1]) if found else done.returncode != 0
     record.add("R15", (errors, modules))
+
+
+def _scripts():
+    own = str(pathlib.Path(sys.executable).parent)
+    return os.pathsep.join([own, os.environ.get("PATH", "")])
 
 
 def main():
