@@ -32,7 +32,7 @@ COMPILED_ONCE = (
     "test_a_thousand_steps_compile_once_and_keep_pruned_weights_at_zero"
 )
 PROPERTIES = [f"tests/test_{n}.py" for n in ("wide", "allocation", "selection")]
-PROPERTIES += ["tests/test_structure.py"]
+PROPERTIES += ["tests/test_structure.py", "tests/faults/test_random_trees.py"]
 
 
 EXAMPLES = "6"  # times as many, which makes more than 20,000
