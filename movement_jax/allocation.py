@@ -16,9 +16,6 @@ from movement_jax.counting import Tensor
 from movement_jax.schedules import Target
 from movement_jax.wide import Wide
 
-_MOST_SEGMENTS = 2 ** (31 - wide.BITS)
-
-
 class Allocation(Protocol):
     """What the transformation asks of an allocation."""
 
@@ -113,13 +110,7 @@ class Global:
         _check_min_keep(self)
 
     def check(self, tensors: Sequence[Tensor]) -> None:
-        """No tensor may be cut into more slices than can be counted together."""
-        if sum(tensor.segments for tensor in tensors) > _MOST_SEGMENTS:
-            names = [t.name for t in tensors if t.segments > 1]
-            raise ValueError(
-                f"`Global()` counts at most {_MOST_SEGMENTS} slices: {names[:5]} have "
-                "more in total. Prune fewer tensors with `prunable=`."
-            )
+        """Any tensors can be counted together."""
 
     def n_drop(
         self,

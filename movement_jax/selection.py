@@ -104,7 +104,8 @@ def keep_masks(
     Args:
       scores: one array per tensor.
       tensors: what they are.
-      n_drop: how many to drop in every segment. Shape ``(segments,)``, int32.
+      n_drop: how many to drop in every segment, clipped to what there is. Shape
+        ``(segments,)``, int32.
       kept: masks so far; what they drop ranks below everything.
       hint: keys to search around first. Shape ``()`` or ``(segments,)``, int32.
       starts: from :func:`segment_starts`, made outside of the loop this is called in.
@@ -112,14 +113,15 @@ def keep_masks(
     Returns:
       One bool mask per tensor, True where kept, and the keys of the thresholds.
     """
-    n_drop = jnp.asarray(n_drop, jnp.int32)
+    size = jnp.asarray(sizes(tensors), jnp.int32)
+    n_drop = jnp.asarray(n_drop, jnp.int32).clip(0, size)
     hint = jnp.asarray(NO_KEY if hint is None else hint, jnp.int32)
     if starts is None:
         starts = segment_starts(tensors, _zero(n_drop))
     ranked = Ranked(scores, kept, tensors, starts)
 
     row = (1, *n_drop.shape)
-    n_drop, size = n_drop.reshape(row), jnp.asarray(sizes(tensors), jnp.int32)[None]
+    n_drop, size = n_drop.reshape(row), size[None]
     nothing = n_drop <= 0
     lowest = jnp.full(row, NO_KEY, jnp.int32)
     key = _search(

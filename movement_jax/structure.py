@@ -313,6 +313,19 @@ def ranked_groups(
     return [groups_of(own, tensor) for own, tensor in owns if not isinstance(own, NM)]
 
 
+def counted_groups(
+    structure: Structure | Rules | Units, tensors: list[Tensor]
+) -> list[Tensor]:
+    """What an allocation may count: the same, and one of the windows of the others."""
+    if isinstance(structure, Units):
+        return structure.tensors
+    owns = [(structure_of(structure, tensor.name), tensor) for tensor in tensors]
+    return [
+        Tensor(tensor.name, (own.m,)) if isinstance(own, NM) else groups_of(own, tensor)
+        for own, tensor in owns
+    ]
+
+
 def _rule(rules: Rules, name: str) -> int | None:
     for i, (pattern, _) in enumerate(rules):
         if re.search(pattern, name):

@@ -192,11 +192,45 @@ def test_too_many_weights_for_one_density_scale_are_refused():
         mj.ErdosRenyi().n_drop(Target(0.5), tensors, [], None)
 
 
-def test_too_many_slices_for_one_ranking_are_refused():
-    tx = mj.movement_pruning(allocation=mj.Global(), stacked=".")
+def traced_step(params, **options):
+    tx = mj.movement_pruning(mj.cubic(0.5, 0, 9), mj.Magnitude(), **options)
+    state = jax.eval_shape(tx.init, params)
+    jax.eval_shape(tx.update, params, state, params)
+    return state
+
+
+def test_a_common_threshold_takes_any_number_of_slices():
     params = {"kernel": jax.ShapeDtypeStruct((2**17, 2, 2), jnp.float32)}
-    with pytest.raises(ValueError, match=r"`Global\(\)` counts at most .*kernel"):
-        jax.eval_shape(tx.init, params)
+    state = traced_step(params, allocation=mj.Global(), stacked=".")
+    assert state.thresholds.shape == (2**17,)
+    params = {"kernel": jax.ShapeDtypeStruct((2**16, 2**15), jnp.float32)}
+    state = traced_step(params, allocation=mj.Global())
+    assert state.thresholds.shape == (2**16,)
+
+
+@pytest.mark.parametrize(
+    "structure, groups", [(mj.Block((16, 16)), 1), (mj.NM(2, 4), 0)], ids=repr
+)
+@pytest.mark.parametrize(
+    "allocation",
+    [mj.Uniform(), mj.Global(), mj.ErdosRenyi(), mj.PerPath({"kernel": 0.25})],
+    ids=repr,
+)
+def test_only_what_is_ranked_must_be_countable(allocation, structure, groups):
+    params = {"kernel": jax.ShapeDtypeStruct((2**16, 2**15), jnp.float32)}
+    state = traced_step(params, allocation=allocation, structure=structure)
+    assert state.thresholds.shape == (groups,)
+
+
+def test_a_pattern_may_decide_for_windows_alone():
+    structure = {"a": mj.NM(2, 4), ".": mj.Block((2, 2))}
+    params = {name: {"kernel": jnp.ones((8, 8))} for name in "ab"}
+    allocation = mj.PerPath({"a": 0.25})
+    tx = mj.movement_pruning(
+        None, mj.Magnitude(), allocation=allocation, structure=structure
+    )
+    params, _ = mj.prune((params, tx.init(params)), 0.5)
+    assert [int(jnp.sum(params[k]["kernel"] == 0)) for k in "ab"] == [16, 32]
 
 
 def test_rules_prune_nothing_at_an_overall_sparsity_of_zero():

@@ -72,6 +72,19 @@ def test_the_highest_scores_are_kept_and_ties_settled_by_index(scores, part):
     np.testing.assert_array_equal(got, oracle(scores, scores.size - n_keep))
 
 
+def test_counts_outside_a_tensor_are_clipped_and_touch_no_other():
+    rng = np.random.default_rng(0)
+    scores = [rng.integers(0, 9, s).astype(np.float32) for s in ((4, 3), (7,), (2, 2))]
+    tensors = [Tensor(str(i), x.shape) for i, x in enumerate(scores)]
+    for n_drop in ([-1, 2, 9], [-(2**31), 7, -3], [12, 2**31 - 1, 1]):
+        counts = jnp.array(n_drop, jnp.int32)
+        got, _ = jax.jit(lambda x, n: selection.keep_masks(x, tensors, n))(
+            [jnp.asarray(x) for x in scores], counts
+        )
+        for mask, x, n in zip(got, scores, n_drop):
+            np.testing.assert_array_equal(mask, oracle(x, n))
+
+
 @functools.partial(jax.jit, static_argnames="stacked")
 def drop_in_slices(scores, n_drop, hint, stacked):
     tensor = Tensor("scores", scores.shape, stacked)
@@ -287,8 +300,7 @@ def test_a_tensor_too_large_to_count_is_refused_by_name():
         ):
             allocation.check([huge])
         allocation.check([Tensor("huge", (2**16, 2**15), stacked=1)])
-    with pytest.raises(ValueError, match="at most 32768 slices: \\['huge'\\]"):
-        mj.Global().check([huge])
+    mj.Global().check([huge])
 
 
 def test_an_array_as_large_as_a_count_can_be_is_ranked():
