@@ -42,6 +42,11 @@ def sums_after(counts: jax.Array) -> Wide:
     return _added(counts, len(counts), after)
 
 
+def sums_before(counts: jax.Array) -> Wide:
+    """For every entry of a vector of counts, the sum of those that precede it."""
+    return Wide(*(x[::-1] for x in sums_after(counts[::-1])))
+
+
 def to_float(a: Wide) -> jax.Array:
     """The nearest float32, or nearly."""
     return a.high.astype(jnp.float32) * 2.0**BITS + a.low.astype(jnp.float32)
@@ -70,9 +75,7 @@ def clipped(a: Wide, most: jax.Array) -> jax.Array:
     return jnp.where(a.high < 0, 0, (a.high << BITS) + a.low)
 
 
-def _added(
-    counts: jax.Array, n: int, add: Callable[[jax.Array], jax.Array]
-) -> Wide:
+def _added(counts: jax.Array, n: int, add: Callable[[jax.Array], jax.Array]) -> Wide:
     """Adds up to ``n`` counts by their digits, of as many bits as an int32 has room."""
     width = min(BITS, 31 - (n - 1).bit_length())
     digit = add(counts & (1 << width) - 1)

@@ -342,6 +342,35 @@ def test_a_common_threshold_over_groups_of_one_size_is_that_of_a_sort():
         np.testing.assert_array_equal(mj.find_state(state).masks[name]["kernel"], want)
 
 
+def test_blocks_of_a_layer_share_a_threshold_and_count_for_their_weights():
+    shapes = {f"layer_{i}/{k}/kernel": (8, 12) for i in range(3) for k in "ab"}
+    flat = draw(shapes=shapes)
+    structure = {"/a/": mj.Block((4, 4)), ".": mj.Block((2, 2))}
+    allocation = mj.Global(min_keep=0, per=r"layer_\d")
+    state = mj.find_state(prune(flat, 0.5, structure, allocation)[1])
+    got = {k: np.asarray(v["kernel"]) for k, v in nested_masks(state).items()}
+    for i in range(3):
+        entries = []
+        for k, b in (("a", 4), ("b", 2)):
+            scores = group_scores(flat[f"layer_{i}/{k}/kernel"], (b, b), "mean")
+            entries += [(s, k, b * b) for s in scores.ravel()]
+        budget, left = 96, {"a": 96, "b": 96}
+        for _, k, weights in sorted(entries):
+            if weights > budget:
+                break
+            budget -= weights
+            left[k] -= weights
+        assert {k: int(got[f"layer_{i}/{k}"].sum()) for k in "ab"} == left
+
+
+def nested_masks(state):
+    return {
+        f"{layer}/{name}": mask
+        for layer, masks in state.masks.items()
+        for name, mask in masks.items()
+    }
+
+
 def tensors_in_groups(structures, shapes):
     tensors = [Tensor(name, shape) for name, shape in shapes.items()]
     return [groups_of(own, t) for own, t in zip(structures, tensors)]
