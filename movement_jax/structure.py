@@ -15,8 +15,11 @@ from movement_jax.grouping import Reduce
 from movement_jax.units import Units
 
 _MOST_MEMBERS = 2**30
-# Flax's attention projects from all of the first axis to (heads, head_dim).
-_PROJECTION = re.compile(r"(^|/)(query|key|value)/[^/]*$")
+# Attention projects to (heads, head_dim), fused ones to (3, heads, head_dim).
+_PROJECTION = re.compile(
+    r"(^|/)(to_|w)?(query|key|value|q|k|v|(?P<fused>q?kv))(_proj(ection)?)?/[^/]*$"
+)
+_CONVOLUTION = re.compile("conv", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,14 +168,17 @@ class NM:
       n: how many of a window stay.
       m: weights of a window; they are compared pair by pair, so keep it small.
       axis: along which windows lie, not counting the layer axis of a ``stacked``
-        tensor. None is the axis that a Flax layer sums over, as hardware wants it: the
-        first for kernels ``(embed, heads, head_dim)`` under ``query``, ``key`` or
-        ``value``; the last but one for all others: inputs of ``Dense`` and ``Conv``,
-        ``head_dim`` of attention's ``out``. For other layouts say which.
+        tensor. None is the axis that a Flax layer sums over, as hardware wants it:
+        ``embed`` of kernels ``(embed, heads, head_dim)``, told by a name such as
+        ``query``, ``v_proj`` or ``qkv`` or by ``embed = heads * head_dim``; the last
+        but one of all others: inputs of ``Dense`` and ``Conv``, ``head_dim`` of
+        attention's ``out``. A projection has no more heads than inputs: by that,
+        kernels of a scan are told where ``stacked`` does not name them. For other
+        layouts say which.
 
     Raises:
       ValueError: if not ``0 < n < m``, or ``axis`` is no integer; at ``init``, if a
-        prunable tensor has no such axis.
+        prunable tensor has no such axis, or it cannot be told which.
 
     Examples:
       >>> import jax.numpy as jnp, movement_jax as mj
@@ -211,9 +217,7 @@ class NM:
 
     def axis_of(self, tensor: Tensor) -> int:
         """The axis of a tensor along which windows lie, counted from its first."""
-        axis = -2 if self.axis is None else self.axis
-        if self.axis is None and _PROJECTION.search(tensor.name):
-            axis = 0 if len(tensor.shape) - tensor.stacked == 3 else -2
+        axis = self._summed(tensor) if self.axis is None else self.axis
         return _own_axis(self, axis, tensor)
 
     def keep(
@@ -233,6 +237,31 @@ class NM:
         n_drop, size = min(n_drop, self.m - self.n), tensor.shape[self.axis_of(tensor)]
         whole, rest = divmod(size, self.m)
         return (whole * n_drop + max(0, rest and n_drop + rest - self.m)) / size
+
+    def _summed(self, tensor: Tensor) -> int:
+        """The axis that a Flax layer sums over, not counting that of ``stacked``."""
+        shape, name = tensor.shape[tensor.stacked :], tensor.name
+        if len(shape) < 3:
+            return -2
+        projection = _PROJECTION.search(name)
+        fused = projection and projection["fused"] and shape[-3] in (2, 3)
+        if fused and len(shape) > 3:
+            return len(shape) - 4
+        axis, (inputs, *outputs) = len(shape) - 3, shape[-3:]
+        if projection is None:
+            named = axis > 0 or _CONVOLUTION.search(name)
+            whole = inputs == math.prod(outputs) and min(outputs) > 1
+            return 0 if whole and not named else -2
+        if (tensor.stacked and axis == 0) or inputs > outputs[0]:
+            return axis
+        if inputs == outputs[0]:
+            raise ValueError(
+                f"`structure`={self} cannot tell what {_told(tensor)} sums over: "
+                "projections (inputs, heads, head_dim), or layers of kernels (inputs, "
+                "outputs)? Name scan-stacked kernels with `stacked=`, or say which "
+                f"axis, as in `structure={{{name!r}: NM({self.n}, {self.m}, axis=0)}}`."
+            )
+        return -2
 
 
 Structure = Unstructured | Block | Axis | NM

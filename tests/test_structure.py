@@ -363,6 +363,59 @@ def test_blocks_of_a_layer_share_a_threshold_and_count_for_their_weights():
         assert {k: int(got[f"layer_{i}/{k}"].sum()) for k in "ab"} == left
 
 
+@pytest.mark.parametrize(
+    "name, shape, axis",
+    [
+        ("dense", (16, 8), 0),
+        ("conv", (3, 64, 32), 1),
+        ("Conv_0", (4, 2, 2), 1),
+        ("conv", (3, 3, 64, 128), 2),
+        ("value", (3, 3, 64, 128), 2),
+        ("attn/query", (64, 4, 16), 0),
+        ("attn/key", (2048, 4, 64), 0),
+        ("attn/value", (3072, 16, 256), 0),
+        ("attn/out", (4, 16, 64), 1),
+        ("attn/q_proj", (64, 4, 16), 0),
+        ("attn/k_proj", (48, 4, 16), 0),
+        ("attn/to_v", (48, 4, 16), 0),
+        ("attn/o_proj", (4, 16, 64), 1),
+        ("attn/dense", (64, 4, 16), 0),
+        ("qkv", (64, 3, 4, 16), 0),
+        ("kv", (64, 2, 4, 16), 0),
+        ("qkv", (64, 3, 64), 0),
+        ("experts/up", (8, 64, 128), 1),
+        # Layers of a scan that are not said to be.
+        ("blocks/mlp", (12, 64, 128), 1),
+        ("blocks/query", (8, 16, 16), 1),
+        ("blocks/query", (8, 16, 4, 4), 1),
+        ("blocks/attention/query", (6, 64, 4, 16), 1),
+        ("blocks/k_proj", (6, 48, 4, 16), 1),
+        ("blocks/out", (6, 4, 16, 64), 2),
+        ("blocks/qkv", (6, 64, 3, 4, 16), 1),
+    ],
+)
+def test_windows_lie_along_what_a_layer_sums_over(name, shape, axis):
+    tensor = Tensor(f"{name}/kernel", shape)
+    assert mj.NM(2, 4).axis_of(tensor) == axis
+    if name.startswith("blocks"):
+        tensor = Tensor(f"{name}/kernel", shape, stacked=1)
+        assert mj.NM(2, 4).axis_of(tensor) == axis
+
+
+@pytest.mark.parametrize("shape", [(16, 16, 16), (6, 8, 8, 4)])
+def test_an_axis_that_cannot_be_told_is_to_be_said(shape):
+    params = {"blocks": {"query": {"kernel": jnp.ones(shape)}}}
+    tx = mj.movement_pruning(structure=mj.NM(2, 4))
+    with pytest.raises(
+        ValueError, match=r"cannot tell what 'blocks/query/kernel'.*`stacked=`, or say"
+    ):
+        tx.init(params)
+    mj.movement_pruning(structure=mj.NM(2, 4, axis=-1)).init(params)
+    if len(shape) == 3:
+        tx = mj.movement_pruning(structure=mj.NM(2, 4), stacked="blocks")
+        tx.init(params)
+
+
 def nested_masks(state):
     return {
         f"{layer}/{name}": mask
