@@ -98,7 +98,8 @@ class Global:
     Tensors whose scores are small may lose nearly everything; ``min_keep`` bounds
     that, and :func:`movement_jax.health` names the tensors that collapsed. With a
     structure the lowest groups go. Where they differ in size a large one counts for
-    more, and the total falls short of the target by less than a group.
+    more, and the total falls short of the target by less than a group, if those that
+    the end of an axis cuts short are counted as whole.
 
     Attributes:
       min_keep: weights (with a structure: groups of them) kept in every tensor (every
@@ -191,7 +192,8 @@ class ErdosRenyi:
 
     The density of a tensor is proportional to :math:`\sum_i d_i / \prod_i d_i` over
     its axes :math:`d_i`, capped at 1, such that the whole reaches the sparsity asked
-    for exactly; with groups of different sizes, to within the largest of them.
+    for exactly; with groups of different sizes, to within the largest of them, if
+    those that the end of an axis cuts short are counted as whole.
 
     Attributes:
       min_keep: weights (with a structure: groups of them) kept in every tensor (every

@@ -47,8 +47,10 @@ class Block:
 
     A block covers the last axes of a tensor: ``Block((4, 16))`` of a convolution
     ``(3, 3, 64, 128)`` are 4 inputs by 16 outputs at one place of the filter. Blocks at
-    the end of an axis hold what is left of it. While blocks are ranked a TPU reserves
-    once or twice the size of a tensor.
+    the end of an axis hold what is left of it and count as whole ones: where many do,
+    as where 128 does not divide 130, the sparsity of the weights is not that of the
+    blocks, which is what was asked for. :func:`movement_jax.summary` tells both. While
+    blocks are ranked a TPU reserves once or twice the size of a tensor.
 
     Attributes:
       shape: of a block, for the last ``len(shape)`` axes. Sizes beyond an axis stand
@@ -162,7 +164,9 @@ class NM:
     Every window takes the sparsity asked for overall, or by a rule of ``PerPath``.
     ``Global`` and ``ErdosRenyi`` spread theirs over the other tensors only, and
     ``min_keep`` does not apply. More than ``(m - n) / m`` cannot be asked for; a traced
-    sparsity beyond it is met as far as it can be. Within a window NaN ranks highest.
+    sparsity beyond it, as that of an optax schedule, is met as far as it can be: what
+    was reached is told by :func:`movement_jax.sparsity_of`, what was asked for by the
+    state. Within a window NaN ranks highest.
 
     Attributes:
       n: how many of a window stay.

@@ -363,6 +363,31 @@ def test_blocks_of_a_layer_share_a_threshold_and_count_for_their_weights():
         assert {k: int(got[f"layer_{i}/{k}"].sum()) for k in "ab"} == left
 
 
+def test_blocks_cut_short_count_as_whole_and_a_summary_tells_what_went():
+    x = np.ones((130, 130), np.float32)
+    x[:128, :128] = 0.5
+    for allocation in (mj.Uniform(), mj.Global(), mj.ErdosRenyi()):
+        state = prune({"kernel": x}, 0.5, mj.Block((128, 128)), allocation)
+        total = mj.summary(state).total
+        assert total.asked == 0.5
+        assert total.kept == 2 * 2 * 128 and round(total.sparsity, 3) == 0.970
+
+
+def test_a_schedule_beyond_a_pattern_is_asked_for_and_not_reached():
+    params = {"kernel": jnp.asarray(draw(shapes={"k": (16, 8)})["k"])}
+    schedule = optax.linear_schedule(0.0, 0.9, 4)
+    tx = mj.movement_pruning(schedule, mj.Magnitude(), structure=mj.NM(2, 4))
+    state = tx.init(params)
+    for _ in range(5):
+        updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+        params = optax.apply_updates(params, updates)
+    assert mj.sparsity_of(state) == 0.5
+    assert state.sparsity == np.float32(0.9)
+    logged = mj.metrics(state)
+    assert logged["pruning/sparsity"] == 0.5
+    assert logged["pruning/sparsity_asked"] == np.float32(0.9)
+
+
 @pytest.mark.parametrize(
     "name, shape, axis",
     [
