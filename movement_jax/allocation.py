@@ -16,8 +16,6 @@ from movement_jax.counting import Tensor
 from movement_jax.schedules import Target
 from movement_jax.wide import Wide
 
-_MOST_SEGMENTS = 2 ** (31 - wide.BITS)
-
 
 class Allocation(Protocol):
     """What the transformation asks of an allocation."""
@@ -90,35 +88,62 @@ class Uniform:
 
 @dataclasses.dataclass(frozen=True)
 class Global:
-    """One threshold for all tensors: the lowest scores go, wherever they are.
+    r"""One threshold for all tensors: the lowest scores go, wherever they are.
+
+    Or one threshold for each layer, with ``per``: tensors in whose path the pattern
+    finds the same text are ranked together, and lose together the fraction asked for.
+    Those in whose path it is not found are another group. Where it is found in the path
+    of a ``stacked`` kernel, layer ``i`` of all such kernels is a group.
 
     Tensors whose scores are small may lose nearly everything; ``min_keep`` bounds
     that, and :func:`movement_jax.health` names the tensors that collapsed. With a
     structure the lowest groups go. Where they differ in size a large one counts for
-    more, and the total falls short of the target by less than a group.
+    more, and the total falls short of the target by less than a group, if those that
+    the end of an axis cuts short are counted as whole.
 
     Attributes:
       min_keep: weights (with a structure: groups of them) kept in every tensor (every
         slice of a stacked one) whatever the sparsity: a count, or a fraction in (0, 1).
         Default 1.
+      per: regular expression searched for in the ``/``-joined paths; None for one
+        threshold.
+
+    Raises:
+      ValueError: at ``init``, if ``per`` is found in no prunable path.
 
     Examples:
-      >>> import movement_jax as mj
+      >>> import jax, jax.numpy as jnp, movement_jax as mj
       >>> tx = mj.movement_pruning(0.9, allocation=mj.Global(min_keep=0.01))
+      >>> layers = mj.Global(per=r"layer_\d+")
+      >>> tx = mj.movement_pruning(None, mj.Magnitude(), allocation=layers)
+      >>> layer = {"up": jnp.array([[1.0, 2, 5]]), "down": jnp.array([[3.0, 4, 6]])}
+      >>> layer = {name: {"kernel": kernel} for name, kernel in layer.items()}
+      >>> params = {"layer_0": layer, "layer_1": jax.tree.map(lambda w: 10 * w, layer)}
+      >>> params, _ = mj.prune((params, tx.init(params)), 0.5)
+      >>> print(params["layer_1"]["up"]["kernel"], params["layer_1"]["down"]["kernel"])
+      [[ 0.  0. 50.]] [[ 0. 40. 60.]]
     """
 
     min_keep: float = 1
+    per: str | None = None
 
     def __post_init__(self) -> None:
         _check_min_keep(self)
+        if self.per is not None:
+            compiled("per", self.per)
+
+    def __repr__(self) -> str:
+        # What was saved without `per` is told by the same words.
+        per = "" if self.per is None else f", per={self.per!r}"
+        return f"Global(min_keep={self.min_keep!r}{per})"
 
     def check(self, tensors: Sequence[Tensor]) -> None:
-        """No tensor may be cut into more slices than can be counted together."""
-        if sum(tensor.segments for tensor in tensors) > _MOST_SEGMENTS:
-            names = [t.name for t in tensors if t.segments > 1]
+        """The pattern must be found in some path. Any tensors are counted together."""
+        per = self.per
+        if per is not None and not any(re.search(per, t.name) for t in tensors):
             raise ValueError(
-                f"`Global()` counts at most {_MOST_SEGMENTS} slices: {names[:5]} have "
-                "more in total. Prune fewer tensors with `prunable=`."
+                f"`Global(per={self.per!r})` groups nothing: it is found in no "
+                f"prunable path. Prunable paths:\n  {_listing(tensors)}"
             )
 
     def n_drop(
@@ -131,24 +156,34 @@ class Global:
     ) -> tuple[jax.Array, jax.Array]:
         """Counts what lies below the threshold that all segments share."""
         sizes, each = counting.sizes(tensors), _weights_each(tensors)
-        most, weights = most_dropped(sizes, self), int((sizes * each).sum())
-        if (sizes * each).max() > counting.MAX_COUNT:
-            raise ValueError(
-                f"`Global()` with groups of different sizes counts at most "
-                f"{counting.MAX_COUNT} weights of a tensor together. Give all tensors "
-                "one structure, or rank their leading axis by slices with `stacked=`."
-            )
-        total = drop_total(target, weights)
-        total = wide.minimum(total, wide.from_int(int((most * each).sum())))
+        _check_weights(self, sizes * each)
+        most, group = most_dropped(sizes, self), self._group(tensors)
+        total = drop_total(target, _sums(sizes * each, group))
+        total = wide.minimum(total, wide.from_int(_sums(most * each, group)))
         return selection.common_threshold(
             scores,
             tensors,
             total,
             most=jnp.asarray(most),
             kept=kept,
-            hint=None if hint is None else jnp.max(hint),
+            hint=None if hint is None else _highest(hint, group),
             each=each,
+            group=group,
         )
+
+    def _group(self, tensors: Sequence[Tensor]) -> np.ndarray | None:
+        """The number of the group of every segment; None if there is only one."""
+        if self.per is None:
+            return None
+        keys = []
+        for tensor in tensors:
+            found = re.search(self.per, tensor.name)
+            layers = math.prod(tensor.shape[: tensor.stacked]) if found else 1
+            for layer in range(layers):
+                key = found and (found[0], tensor.stacked, layer)
+                keys += [key] * (tensor.segments // layers)
+        numbers = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+        return np.array([numbers[key] for key in keys]) if len(numbers) > 1 else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +192,8 @@ class ErdosRenyi:
 
     The density of a tensor is proportional to :math:`\sum_i d_i / \prod_i d_i` over
     its axes :math:`d_i`, capped at 1, such that the whole reaches the sparsity asked
-    for exactly; with groups of different sizes, to within the largest of them.
+    for exactly; with groups of different sizes, to within the largest of them, if
+    those that the end of an axis cuts short are counted as whole.
 
     Attributes:
       min_keep: weights (with a structure: groups of them) kept in every tensor (every
@@ -199,13 +235,9 @@ class ErdosRenyi:
                 "splits. Use another allocation, or `jit` with sharded params."
             )
         sizes, each = counting.sizes(tensors), _weights_each(tensors)
+        _check_weights(self, sizes * each)
         total = int((sizes * each).sum())
-        if total > counting.MAX_COUNT:
-            raise ValueError(
-                f"`ErdosRenyi()` counts {total} weights together, more than "
-                f"{counting.MAX_COUNT}. Use `Uniform()`."
-            )
-        n_keep = total - drop_count(target, np.array([total]))[0]
+        n_keep = wide.minus(wide.from_int(total), drop_total(target, total))
         raw = np.concatenate(
             [np.full(t.segments, _raw_density(t), np.float64) for t in tensors]
         )
@@ -213,7 +245,8 @@ class ErdosRenyi:
         order = np.argsort(-raw, kind="stable")
         full = np.concatenate([[0], np.cumsum((sizes * each)[order])[:-1]])
         open_mass = np.cumsum((raw * sizes * each)[order][::-1])[::-1]
-        scale = (n_keep - full) / open_mass.astype(np.float32)
+        rest = wide.to_float(wide.minus(n_keep, wide.from_int(full)))
+        scale = rest / open_mass.astype(np.float32)
         fits = scale * raw[order].astype(np.float32) <= 1
         scale = jnp.where(jnp.any(fits), scale[jnp.argmax(fits)], jnp.inf)
         density = jnp.clip(scale * raw.astype(np.float32), 0, 1)
@@ -223,9 +256,10 @@ class ErdosRenyi:
         least = sizes - most_dropped(sizes, self)
         wanted = jnp.clip(wanted, least, sizes)
         each = each.astype(np.int32)
-        wanted = _pour(n_keep - (wanted * each).sum(), wanted, sizes, each)
-        excess = (wanted * each).sum() - n_keep
-        wanted = wanted - _pour(excess, 0 * wanted, wanted - least, each)
+        missing = wide.minus(n_keep, wide.total(wanted * each))
+        wanted += _poured(missing, sizes - wanted, each)
+        excess = wide.minus(wide.total(wanted * each), n_keep)
+        wanted -= _poured(excess, wanted - least, each)
         return jnp.asarray(sizes - wanted, jnp.int32), None
 
 
@@ -270,11 +304,10 @@ class PerPath:
         used = {self._rule(t.name) for t in tensors}
         unused = [p for i, (p, _) in enumerate(self._pairs) if i not in used]
         if unused:
-            listing = "\n  ".join(t.name for t in tensors[:20])
             raise ValueError(
                 f"`PerPath` has patterns that decide nothing: {unused}. They are found "
                 "in no prunable path, or an earlier pattern wins in all of theirs. "
-                f"Prunable paths:\n  {listing}"
+                f"Prunable paths:\n  {_listing(tensors)}"
             )
 
     def n_drop(
@@ -320,15 +353,17 @@ class PerPath:
         return None
 
 
-def drop_total(target: Target, size: int) -> Wide:
-    """:func:`drop_count` of one static size below 2**47."""
+def drop_total(target: Target, sizes: int | np.ndarray) -> Wide:
+    """:func:`drop_count` of static sizes below 2**47, of any shape."""
     sparsity, final, progress = target.sparsity, target.final, target.progress
+    sizes = np.asarray(sizes, np.int64)
     if isinstance(sparsity, int | float):
-        return wide.from_int(round(sparsity * size))
-    count = _traced_total(sparsity, size)
+        counts = [round(sparsity * size) for size in sizes.ravel().tolist()]
+        return wide.from_int(np.array(counts, np.int64).reshape(sizes.shape))
+    count = _traced_total(sparsity, sizes)
     if final is None:
         return count
-    end = drop_total(Target(final), size)
+    end = drop_total(Target(final), sizes)
     total: Wide = jax.tree.map(lambda a, b: jnp.where(progress >= 1, a, b), end, count)
     return total
 
@@ -363,16 +398,14 @@ def _traced_drop_count(sparsity: jax.Array, sizes: np.ndarray) -> jax.Array:
     return jnp.where(sparsity >= 1, sizes.astype(np.int32), count)
 
 
-def _traced_total(sparsity: jax.Array, size: int) -> Wide:
+def _traced_total(sparsity: jax.Array, sizes: np.ndarray) -> Wide:
     if sparsity.dtype == jnp.float64:
-        count = jnp.round(sparsity * size).astype(jnp.int64)
+        count = jnp.round(sparsity * sizes).astype(jnp.int64)
         parts = count >> wide.BITS, count & ((1 << wide.BITS) - 1)
         return Wide(*(part.astype(jnp.int32) for part in parts))
-    low, middle, high = (
-        digit[0].astype(jnp.int32)
-        for digit in _rounded_product(sparsity, np.array([size]))
-    )
-    part, whole = Wide(middle + (high << 16), low), wide.from_int(size)
+    digits = _rounded_product(sparsity, sizes)
+    low, middle, high = (digit.astype(jnp.int32) for digit in digits)
+    part, whole = Wide(middle + (high << 16), low), wide.from_int(sizes)
     total: Wide = jax.tree.map(lambda a, b: jnp.where(sparsity >= 1, a, b), whole, part)
     return total
 
@@ -457,14 +490,22 @@ def _raw_density(tensor: Tensor) -> float:
     return float(sum(dims) / max(math.prod(dims.tolist()), 1))
 
 
-def _pour(amount: jax.Array, level: jax.Array, limit: Any, each: Any) -> jax.Array:
-    """Raises ``level`` towards ``limit`` from the front, by ``amount`` in total.
+def _poured(amount: Wide, room: Any, each: np.ndarray) -> jax.Array:
+    """How many fit into every segment if they are filled in order, by ``amount``.
 
     Every unit of it counts for ``each``; what is left over of one is not poured.
     """
-    room = limit - level
-    before = jnp.cumsum(room * each) - room * each
-    return level + jnp.clip((amount - before) // each, 0, room).astype(level.dtype)
+    room = room.astype(jnp.int32) * each
+    return wide.clipped(wide.minus(amount, wide.sums_before(room)), room) // each
+
+
+def _check_weights(allocation: Any, weights: np.ndarray) -> None:
+    if weights.max() > counting.MAX_COUNT:
+        raise ValueError(
+            f"`{type(allocation).__name__}()` with groups of different sizes counts at "
+            f"most {counting.MAX_COUNT} weights of a tensor together. Give all tensors "
+            "one structure, or rank their leading axis by slices with `stacked=`."
+        )
 
 
 def most_dropped(sizes: np.ndarray, allocation: Any) -> np.ndarray:
@@ -472,6 +513,25 @@ def most_dropped(sizes: np.ndarray, allocation: Any) -> np.ndarray:
     least: int | float = getattr(allocation, "min_keep", 0)
     floor = np.ceil(sizes * least) if isinstance(least, float) else least
     return np.maximum(sizes - floor, 0).astype(np.int32)
+
+
+def _sums(counts: np.ndarray, group: np.ndarray | None) -> np.ndarray:
+    """Of all, shape ``()``, or of every group. int64."""
+    if group is None:
+        return np.asarray(counts.sum(dtype=np.int64))
+    return np.bincount(group, counts).astype(np.int64)  # float64 holds them
+
+
+def _highest(hint: jax.Array, group: np.ndarray | None) -> jax.Array:
+    """Of all, or for every segment the highest of its group."""
+    if group is None:
+        return jnp.max(hint)
+    own = jnp.arange(group.max() + 1)[:, None] == group
+    return jnp.max(jnp.where(own, hint, counting.NO_KEY), -1)[group]
+
+
+def _listing(tensors: Sequence[Tensor]) -> str:
+    return "\n  ".join(tensor.name for tensor in tensors[:20])
 
 
 def _check_min_keep(allocation: Any) -> None:

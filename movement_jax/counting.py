@@ -154,6 +154,22 @@ def tally(
     return _reduce(ones, [0] * len(ones), jnp.add, axes)
 
 
+def tally_all(
+    predicates: Sequence[jax.Array], axes: tuple[str, ...] = ()
+) -> list[jax.Array]:
+    """How often each of several predicates holds, in arrays of any size.
+
+    Args:
+      predicates: as for :func:`tally`.
+      axes: manual mesh axes that they are split over.
+
+    Returns:
+      One float32 per predicate, which is exact as far as a float32 can be.
+    """
+    tensor = Tensor("", predicates[0].shape, axes=axes)
+    return [jnp.sum(s, dtype=jnp.float32) for s in _sums(predicates, tensor)]
+
+
 def count_kept(kept: Sequence[jax.Array], tensors: Sequence[Tensor]) -> jax.Array:
     """How many entries of every segment masks keep. Shape ``(segments,)``, int32."""
     pairs = zip(kept, tensors)

@@ -442,9 +442,12 @@ def _tracked(tree: Any) -> bool:
 
 
 def _lowest_density(tensor: Tensor, mask: jax.Array) -> float:
-    axes = tuple(range(tensor.stacked, mask.ndim))
-    fewest = jnp.min(jnp.sum(mask, axis=axes, dtype=jnp.int32))
-    return int(fewest) / tensor.size
+    axes = tuple(range(tensor.leading, mask.ndim))
+    counts = jnp.sum(mask, axis=axes, dtype=jnp.int32)
+    if tensor.leading > tensor.stacked:  # slices of what is counted as one
+        rest = tuple(range(tensor.stacked, tensor.leading))
+        counts = jnp.sum(counts, axis=rest, dtype=jnp.float32)
+    return float(jnp.min(counts)) / math.prod(tensor.shape[tensor.stacked :])
 
 
 @functools.partial(jax.jit, static_argnames="lead")

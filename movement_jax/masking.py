@@ -325,8 +325,8 @@ def _dropped_fraction(masks: Any, axis_name: tuple[str, ...]) -> jax.Array:
     total = dropped
     for mask in jax.tree.leaves(masks):
         axes = counting.split_axes(mask, axis_name)
-        counts = counting.sum_over(jnp.stack(counting.tally((mask, ~mask))), axes)
-        dropped, total = dropped + counts[1], total + counts[0] + counts[1]
+        kept, gone = counting.tally_all((mask, ~mask), axes)
+        dropped, total = dropped + gone, total + kept + gone
     return dropped / jnp.maximum(total, 1)
 
 
@@ -338,8 +338,7 @@ def churn_of(old: Any, new: Any, axis_name: tuple[str, ...]) -> jax.Array:
     dropped = revived = total = jnp.float32(0)
     for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new)):
         axes = counting.split_axes(a, axis_name)
-        moved = counting.tally((a & ~b, ~a & b))
-        counts = counting.sum_over(jnp.stack([*moved, jnp.int32(a.size)]), axes)
-        dropped, revived = dropped + counts[0], revived + counts[1]
-        total += counts[2]
+        gone, back = counting.tally_all((a & ~b, ~a & b), axes)
+        dropped, revived = dropped + gone, revived + back
+        total += counting.sum_over(jnp.float32(a.size), axes)
     return 2 * jnp.minimum(dropped, revived) / jnp.maximum(total, 1)

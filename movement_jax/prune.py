@@ -198,7 +198,7 @@ def sparsity_of(state: Any) -> jax.Array:
     """
     masks: list[jax.Array] = jax.tree.leaves(_find(state).masks)
     dropped = sum(map(_dropped, masks), start=jnp.float32(0))
-    return dropped / max(sum(mask.size for mask in masks), 1)
+    return dropped / float(max(sum(mask.size for mask in masks), 1))
 
 
 def metrics(state: Any) -> dict[str, jax.Array]:
@@ -224,7 +224,8 @@ def metrics(state: Any) -> dict[str, jax.Array]:
     """
     found = _find(state)
     masks = jax.tree.leaves(found.masks)
-    densities = [jnp.float32(1)] + [1 - _dropped(mask) / mask.size for mask in masks]
+    densities = [jnp.float32(1)]
+    densities += [1 - _dropped(mask) / float(mask.size) for mask in masks]
     values = {
         "sparsity": sparsity_of(found),
         "sparsity_asked": found.sparsity,
@@ -245,9 +246,7 @@ def _find(state: Any) -> MovementState:
 
 
 def _dropped(mask: jax.Array) -> jax.Array:
-    tensor = counting.Tensor("mask", mask.shape)  # not more than an int32 at a time
-    axes = tuple(range(tensor.leading, mask.ndim))
-    return jnp.sum(counting.tally((mask, ~mask), axes)[1], dtype=jnp.float32)
+    return counting.tally_all((mask, ~mask))[1]
 
 
 def unpack(state: Any) -> tuple[Any, Any, Callable[[Any, Any], Any]]:

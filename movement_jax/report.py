@@ -326,10 +326,13 @@ def _summarize(
 ) -> TensorSummary:
     lead, ndim = tensor.stacked, len(tensor.shape)
     size, itemsize = math.prod(tensor.shape), weight.dtype.itemsize
-    kept = whole(count(mask, lead))
+    kept, nonfinite = whole(count(mask, tensor.leading)), None
+    if score is not None:
+        nonfinite = whole(count(~jnp.isfinite(score), tensor.leading))
     rows = columns = dead_rows = dead_columns = 0
     if ndim - lead >= 2:
-        rows, columns = size // tensor.shape[-1], tensor.segments * tensor.shape[-1]
+        rows = size // tensor.shape[-1]
+        columns = math.prod(tensor.shape[:lead]) * tensor.shape[-1]
         inputs = tuple(range(lead, ndim - 1))
         dead_rows = whole(count(~jnp.any(mask, axis=-1), lead))
         dead_columns = whole(count(~jnp.any(mask, axis=inputs), lead))
@@ -346,7 +349,7 @@ def _summarize(
         dead_columns=dead_columns,
         dense_bytes=size * itemsize,
         packed_bytes=kept * itemsize + math.ceil(size / 8),
-        nonfinite=None if score is None else whole(count(~jnp.isfinite(score), lead)),
+        nonfinite=nonfinite,
     )
 
 

@@ -109,7 +109,8 @@ def keep_masks(
     Args:
       scores: one array per tensor.
       tensors: what they are.
-      n_drop: how many to drop in every segment. Shape ``(segments,)``, int32.
+      n_drop: how many to drop in every segment, clipped to what there is. Shape
+        ``(segments,)``, int32.
       kept: masks so far; what they drop ranks below everything.
       hint: keys to search around first. Shape ``()`` or ``(segments,)``, int32.
       starts: from :func:`segment_starts`, made outside of the loop this is called in.
@@ -117,14 +118,15 @@ def keep_masks(
     Returns:
       One bool mask per tensor, True where kept, and the keys of the thresholds.
     """
-    n_drop = jnp.asarray(n_drop, jnp.int32)
+    size = jnp.asarray(sizes(tensors), jnp.int32)
+    n_drop = jnp.asarray(n_drop, jnp.int32).clip(0, size)
     hint = jnp.asarray(NO_KEY if hint is None else hint, jnp.int32)
     if starts is None:
         starts = segment_starts(tensors, _zero(n_drop))
     ranked = Ranked(scores, kept, tensors, starts)
 
     row = (1, *n_drop.shape)
-    n_drop, size = n_drop.reshape(row), jnp.asarray(sizes(tensors), jnp.int32)[None]
+    n_drop, size = n_drop.reshape(row), size[None]
     nothing = n_drop <= 0
     lowest = jnp.full(row, NO_KEY, jnp.int32)
     key = _search(
@@ -155,38 +157,44 @@ def common_threshold(
     kept: Sequence[jax.Array] | None = None,
     hint: jax.Array | None = None,
     each: np.ndarray | int = 1,
+    group: np.ndarray | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Splits one count over all segments by a threshold they share.
 
     Args:
       scores: one array per tensor.
       tensors: what they are.
-      n_drop: how many to drop in total.
+      n_drop: how many to drop in total. Shape ``()``, or ``(groups,)``.
       most: the most that may be dropped in each segment. Shape ``(segments,)``, int32.
       kept: masks so far; what they drop ranks below everything.
-      hint: key to search around first. Shape ``()``, int32.
+      hint: key to search around first. Shape ``()``, or ``(segments,)`` and the same in
+        all of a group, int32.
       each: what one score of each segment counts for in ``n_drop``.
+      group: the number of the group that each segment belongs to, each of which has a
+        count and a threshold of its own; None for one of all. Shape ``(segments,)``.
 
     Returns:
-      How many each segment drops, shape ``(segments,)``, and the threshold's key. Of
-      scores equal to the threshold, those of earlier segments are kept.
+      How many each segment drops, shape ``(segments,)``, and the key of the threshold,
+      shape like that of ``hint``. Of scores equal to it, those of earlier segments are
+      kept.
     """
     row = (1, *most.shape)
     weigh = np.broadcast_to(np.asarray(each, np.int32), row)
     most = jnp.asarray(most, jnp.int32).reshape(row) * weigh
     ranked = Ranked(scores, kept, tensors, segment_starts(tensors, _zero(most[0])))
-    lowest = jnp.full(row, NO_KEY, jnp.int32)
+    lowest, goal = jnp.full(row, NO_KEY, jnp.int32), _Together(n_drop, group)
     found = _search(
         lambda tries: jnp.minimum(count(ranked, tries) * weigh, most),
         _Search(lowest, -lowest, jnp.zeros_like(most), most, most < 0),
-        _Together(n_drop),
+        goal,
         jnp.asarray(NO_KEY if hint is None else hint, jnp.int32),
     )
     # Of an exact count everything is dropped, else of the ties at the threshold.
     count_low, ties = found.count_low[0], (found.count_high - found.count_low)[0]
-    missing = wide.minus(n_drop, wide.total(count_low))
-    quota = wide.clipped(wide.minus(missing, wide.sums_after(ties)), ties)
-    return (count_low + quota) // weigh[0], found.high[0, 0]
+    missing = Wide(*map(goal.of_each, wide.minus(n_drop, goal.totals(count_low))))
+    quota = wide.clipped(wide.minus(missing, goal.sums_after(ties)), ties)
+    at = found.high[0, 0] if group is None else found.high[0]
+    return (count_low + quota) // weigh[0], at
 
 
 # One search per segment, all in one loop: every field has shape `(1, segments)`.
@@ -217,19 +225,43 @@ class _Each:
 
 @dataclasses.dataclass(frozen=True)
 class _Together:
-    """One count for all segments together."""
+    """One count for all segments together, or for all of each group."""
 
-    n_drop: Wide
+    n_drop: Wide  # shape () or (groups,)
+    group: np.ndarray | None = None  # of every segment
 
     def judge(self, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
         """As that of :class:`_Each`."""
-        total = wide.total(counts, axis=-1)
-        enough = wide.at_least(total, self.n_drop)[:, None]
-        return enough, enough & wide.at_least(self.n_drop, total)[:, None]
+        total = self.totals(counts)
+        enough = wide.at_least(total, self.n_drop)
+        exact = enough & wide.at_least(self.n_drop, total)
+        return self.of_each(enough), self.of_each(exact)
 
     def rest(self, counts: jax.Array) -> jax.Array:
         """As that of :class:`_Each`."""
-        return wide.to_float(wide.minus(self.n_drop, wide.total(counts)))
+        missing = wide.minus(self.n_drop, self.totals(counts))
+        return self.of_each(wide.to_float(missing))
+
+    def totals(self, counts: jax.Array) -> Wide:
+        """Sums over the last axis, or over each group in it."""
+        if self.group is None:
+            return wide.total(counts, -1)
+        own = jnp.arange(self.group.max() + 1)[:, None] == self.group
+        return wide.total(jnp.where(own, counts[..., None, :], 0), -1)
+
+    def of_each(self, values: jax.Array) -> jax.Array:
+        """From values of the groups to those of their segments."""
+        return values[..., None if self.group is None else self.group]
+
+    def sums_after(self, counts: jax.Array) -> Wide:
+        """For every segment, the sum of those of its group that follow it."""
+        if self.group is None:
+            return wide.sums_after(counts)
+        order = np.argsort(self.group, kind="stable")
+        sums = wide.sums_after(counts[order])
+        last = np.searchsorted(self.group[order], self.group[order], "right") - 1
+        sums = wide.minus(sums, Wide(*(x[last] for x in sums)))
+        return Wide(*(x[np.argsort(order)] for x in sums))
 
 
 def _search(

@@ -258,7 +258,7 @@ def _add_penalty(gradient: Any, scores: Any, penalty: jax.Array) -> Any:
     """Adds the gradient of the penalty times the mean over tensors of mean sigmoids."""
     n = max(len(jax.tree.leaves(scores)), 1)
     return jax.tree.map(
-        lambda g, s: g + penalty * _slope(s) / (n * s.size), gradient, scores
+        lambda g, s: g + penalty * _slope(s) / float(n * s.size), gradient, scores
     )
 
 

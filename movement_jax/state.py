@@ -106,8 +106,10 @@ class MovementState(NamedTuple):
         bits of uint32, which :func:`find_state` unpacks.
       thresholds: where each ranking found its threshold, for the next one to start
         from; keys of :mod:`movement_jax.counting`. Shape ``(rankings,)``, int32.
-      sparsity: fraction asked for at the last mask change; where none is, because
-        what lies below a threshold goes, the fraction that went. Shape ``()``, float32.
+      sparsity: fraction asked for at the last mask change, which an N:M pattern may
+        fall short of (:func:`movement_jax.sparsity_of` tells what was reached); where
+        none is, because what lies below a threshold goes, the fraction that went.
+        Shape ``()``, float32.
       events: what happened along the way.
       tracked: extra measurements.
       config: what the transformation was made with; no arrays.

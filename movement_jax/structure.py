@@ -15,8 +15,11 @@ from movement_jax.grouping import Reduce
 from movement_jax.units import Units
 
 _MOST_MEMBERS = 2**30
-# Flax's attention projects from all of the first axis to (heads, head_dim).
-_PROJECTION = re.compile(r"(^|/)(query|key|value)/[^/]*$")
+# Attention projects to (heads, head_dim), fused ones to (3, heads, head_dim).
+_PROJECTION = re.compile(
+    r"(^|/)(to_|w)?(query|key|value|q|k|v|(?P<fused>q?kv))(_proj(ection)?)?/[^/]*$"
+)
+_CONVOLUTION = re.compile("conv", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +47,10 @@ class Block:
 
     A block covers the last axes of a tensor: ``Block((4, 16))`` of a convolution
     ``(3, 3, 64, 128)`` are 4 inputs by 16 outputs at one place of the filter. Blocks at
-    the end of an axis hold what is left of it. While blocks are ranked a TPU reserves
-    once or twice the size of a tensor.
+    the end of an axis hold what is left of it and count as whole ones: where many do,
+    as where 128 does not divide 130, the sparsity of the weights is not that of the
+    blocks, which is what was asked for. :func:`movement_jax.summary` tells both. While
+    blocks are ranked a TPU reserves once or twice the size of a tensor.
 
     Attributes:
       shape: of a block, for the last ``len(shape)`` axes. Sizes beyond an axis stand
@@ -159,20 +164,25 @@ class NM:
     Every window takes the sparsity asked for overall, or by a rule of ``PerPath``.
     ``Global`` and ``ErdosRenyi`` spread theirs over the other tensors only, and
     ``min_keep`` does not apply. More than ``(m - n) / m`` cannot be asked for; a traced
-    sparsity beyond it is met as far as it can be. Within a window NaN ranks highest.
+    sparsity beyond it, as that of an optax schedule, is met as far as it can be: what
+    was reached is told by :func:`movement_jax.sparsity_of`, what was asked for by the
+    state. Within a window NaN ranks highest.
 
     Attributes:
       n: how many of a window stay.
       m: weights of a window; they are compared pair by pair, so keep it small.
       axis: along which windows lie, not counting the layer axis of a ``stacked``
-        tensor. None is the axis that a Flax layer sums over, as hardware wants it: the
-        first for kernels ``(embed, heads, head_dim)`` under ``query``, ``key`` or
-        ``value``; the last but one for all others: inputs of ``Dense`` and ``Conv``,
-        ``head_dim`` of attention's ``out``. For other layouts say which.
+        tensor. None is the axis that a Flax layer sums over, as hardware wants it:
+        ``embed`` of kernels ``(embed, heads, head_dim)``, told by a name such as
+        ``query``, ``v_proj`` or ``qkv`` or by ``embed = heads * head_dim``; the last
+        but one of all others: inputs of ``Dense`` and ``Conv``, ``head_dim`` of
+        attention's ``out``. A projection has no more heads than inputs: by that,
+        kernels of a scan are told where ``stacked`` does not name them. For other
+        layouts say which.
 
     Raises:
       ValueError: if not ``0 < n < m``, or ``axis`` is no integer; at ``init``, if a
-        prunable tensor has no such axis.
+        prunable tensor has no such axis, or it cannot be told which.
 
     Examples:
       >>> import jax.numpy as jnp, movement_jax as mj
@@ -211,9 +221,7 @@ class NM:
 
     def axis_of(self, tensor: Tensor) -> int:
         """The axis of a tensor along which windows lie, counted from its first."""
-        axis = -2 if self.axis is None else self.axis
-        if self.axis is None and _PROJECTION.search(tensor.name):
-            axis = 0 if len(tensor.shape) - tensor.stacked == 3 else -2
+        axis = self._summed(tensor) if self.axis is None else self.axis
         return _own_axis(self, axis, tensor)
 
     def keep(
@@ -233,6 +241,31 @@ class NM:
         n_drop, size = min(n_drop, self.m - self.n), tensor.shape[self.axis_of(tensor)]
         whole, rest = divmod(size, self.m)
         return (whole * n_drop + max(0, rest and n_drop + rest - self.m)) / size
+
+    def _summed(self, tensor: Tensor) -> int:
+        """The axis that a Flax layer sums over, not counting that of ``stacked``."""
+        shape, name = tensor.shape[tensor.stacked :], tensor.name
+        if len(shape) < 3:
+            return -2
+        projection = _PROJECTION.search(name)
+        fused = projection and projection["fused"] and shape[-3] in (2, 3)
+        if fused and len(shape) > 3:
+            return len(shape) - 4
+        axis, (inputs, *outputs) = len(shape) - 3, shape[-3:]
+        if projection is None:
+            named = axis > 0 or _CONVOLUTION.search(name)
+            whole = inputs == math.prod(outputs) and min(outputs) > 1
+            return 0 if whole and not named else -2
+        if (tensor.stacked and axis == 0) or inputs > outputs[0]:
+            return axis
+        if inputs == outputs[0]:
+            raise ValueError(
+                f"`structure`={self} cannot tell what {_told(tensor)} sums over: "
+                "projections (inputs, heads, head_dim), or layers of kernels (inputs, "
+                "outputs)? Name scan-stacked kernels with `stacked=`, or say which "
+                f"axis, as in `structure={{{name!r}: NM({self.n}, {self.m}, axis=0)}}`."
+            )
+        return -2
 
 
 Structure = Unstructured | Block | Axis | NM
@@ -306,6 +339,19 @@ def ranked_groups(
         return structure.tensors
     owns = [(structure_of(structure, tensor.name), tensor) for tensor in tensors]
     return [groups_of(own, tensor) for own, tensor in owns if not isinstance(own, NM)]
+
+
+def counted_groups(
+    structure: Structure | Rules | Units, tensors: list[Tensor]
+) -> list[Tensor]:
+    """What an allocation may count: the same, and one of the windows of the others."""
+    if isinstance(structure, Units):
+        return structure.tensors
+    owns = [(structure_of(structure, tensor.name), tensor) for tensor in tensors]
+    return [
+        Tensor(tensor.name, (own.m,)) if isinstance(own, NM) else groups_of(own, tensor)
+        for own, tensor in owns
+    ]
 
 
 def _rule(rules: Rules, name: str) -> int | None:

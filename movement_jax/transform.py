@@ -172,10 +172,8 @@ def movement_pruning(
         if jax.tree.leaves(weights):
             _check_stacked(stacked, weights)
             tensors = tensors_in(weights, stacked, config.axis_name)
-            units = config.structure
-            ranked = units.tensors if isinstance(units, Units) else tensors
-            allocation.check(ranked)
             _structure.check(config.structure, tensors)
+            allocation.check(_structure.counted_groups(config.structure, tensors))
             masking.check_reach(config, tensors, highest)
             groups = _structure.ranked_groups(config.structure, tensors)
         masks = jax.tree.map(lambda w: jnp.ones_like(w, dtype=bool), weights)

@@ -25,6 +25,7 @@ FORMS = {
     "uniform": (mj.Uniform(), False),
     "global": (mj.Global(), False),
     "global, regrow": (mj.Global(), True),
+    "global, per layer": (mj.Global(per="split"), False),
     "per path, regrow": (mj.PerPath({"split": 0.9}), True),
 }
 

@@ -167,6 +167,50 @@ def test_every_allocation_gives_the_masks_of_one_device(allocation):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_thresholds_of_layers_are_those_of_one_device(mode):
+    rng = np.random.default_rng(0)
+    specs = {
+        "blocks/up": ((8, 4, 24), P("x", None, "y")),
+        "blocks/down": ((8, 24, 4), P(None, "x", "y")),
+        "layer_0/up": ((16, 32), P("x", "y")),
+        "layer_0/down": ((16, 8), P(("x", "y"))),
+        "head": ((16, 4), P()),
+    }
+    params = {
+        name: {"kernel": np.round(rng.normal(size=shape), 1).astype(np.float32)}
+        for name, (shape, _) in specs.items()
+    }
+    mesh = mesh_of(mode)
+    layout = {
+        k: {"kernel": NamedSharding(mesh, spec)} for k, (_, spec) in specs.items()
+    }
+    spread = jax.device_put(params, layout)
+    tx = mj.movement_pruning(
+        mj.cubic(0.6, 0, 1),
+        mj.Magnitude(),
+        allocation=mj.Global(per=r"blocks/|layer_\d+"),
+        stacked="blocks",
+    )
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.tree.map(jnp.zeros_like, params)
+        updates, state = tx.update(grads, state, params)
+        return mj.prune((optax.apply_updates(params, updates), state), 0.8)
+
+    got, state = step(spread, tx.init(spread))
+    want, whole = step(params, tx.init(params))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    np.testing.assert_array_equal(
+        mj.find_state(state).thresholds, mj.find_state(whole).thresholds
+    )
+    assert_same_layout(got, spread)
+    up, down = (np.asarray(got[f"blocks/{k}"]["kernel"]) for k in ("up", "down"))
+    for i in range(8):
+        assert (up[i] == 0).sum() + (down[i] == 0).sum() == round(0.8 * 192)
+
+
 def train(params, criterion):
     """Three steps of a rising schedule; the state before and after."""
     adaptive = criterion == "fisher"

@@ -242,3 +242,23 @@ def test_a_state_without_pruning_is_refused():
 )
 def test_bytes_are_shown_in_thousands(count, shown):
     assert _bytes(count) == shown
+
+
+def test_reports_count_a_large_tensor_as_a_whole(monkeypatch):
+    monkeypatch.setattr("movement_jax.counting.MAX_COUNT", 50)
+    weights = np.random.default_rng(0).normal(size=(4, 5, 6)).astype(np.float32)
+    tx = mj.movement_pruning(None, mj.Magnitude(), allocation=mj.Global())
+    state = {"kernel": jnp.asarray(weights)}
+    state = mj.prune((state, tx.init(state)), 0.55)
+    row = mj.summary(state).tensors[0]
+    assert (row.kept, row.rows, row.columns) == (54, 20, 6)
+    assert mj.metrics(state)["pruning/lowest_density"] == np.float32(54 / 120)
+    health = {entry.name: entry for entry in mj.health(state).tensors}
+    assert health["kernel"].density == 54 / 120
+
+
+def test_metrics_are_logged_of_any_number_of_weights():
+    params = {"kernel": jax.ShapeDtypeStruct((4, 2**15, 2**15), jnp.float32)}
+    tx = mj.movement_pruning(allocation=mj.Global())
+    logged = jax.eval_shape(mj.metrics, jax.eval_shape(tx.init, params))
+    assert logged["pruning/sparsity"].shape == ()

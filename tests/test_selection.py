@@ -72,6 +72,19 @@ def test_the_highest_scores_are_kept_and_ties_settled_by_index(scores, part):
     np.testing.assert_array_equal(got, oracle(scores, scores.size - n_keep))
 
 
+def test_counts_outside_a_tensor_are_clipped_and_touch_no_other():
+    rng = np.random.default_rng(0)
+    scores = [rng.integers(0, 9, s).astype(np.float32) for s in ((4, 3), (7,), (2, 2))]
+    tensors = [Tensor(str(i), x.shape) for i, x in enumerate(scores)]
+    for n_drop in ([-1, 2, 9], [-(2**31), 7, -3], [12, 2**31 - 1, 1]):
+        counts = jnp.array(n_drop, jnp.int32)
+        got, _ = jax.jit(lambda x, n: selection.keep_masks(x, tensors, n))(
+            [jnp.asarray(x) for x in scores], counts
+        )
+        for mask, x, n in zip(got, scores, n_drop):
+            np.testing.assert_array_equal(mask, oracle(x, n))
+
+
 @functools.partial(jax.jit, static_argnames="stacked")
 def drop_in_slices(scores, n_drop, hint, stacked):
     tensor = Tensor("scores", scores.shape, stacked)
@@ -235,6 +248,59 @@ def test_one_threshold_over_all_tensors_spares_what_must_be_kept(scores, n_drop,
     np.testing.assert_array_equal(got, global_oracle(segments, n_drop, most))
 
 
+@functools.partial(jax.jit, static_argnames="group")
+def drop_by_groups(scores, kept, n_drop, most, hint, group):
+    n_drop = wide.Wide(n_drop >> wide.BITS, n_drop & (1 << wide.BITS) - 1)
+    counts, hint = selection.common_threshold(
+        scores, TENSORS, n_drop, most=most, kept=kept, hint=hint, group=np.array(group)
+    )
+    return counts, selection.keep_masks(scores, TENSORS, counts, kept=kept, hint=hint)
+
+
+def split(flat):
+    """One part per segment of `TENSORS`."""
+    return np.split(np.asarray(flat), np.cumsum([6, 12, 6]))
+
+
+def arrays_of(flat):
+    return [flat[:6], flat[6:18].reshape(3, 4), flat[18:].reshape(2, 3, 2)]
+
+
+@settings(max_examples=examples(400))
+@given(
+    score_arrays([(30,)]),
+    st.sampled_from([(0, 0, 0, 1), (0, 1, 0, 1), (0, 1, 1, 2), (0, 1, 2, 3)]),
+    st.lists(st.floats(0, 1), min_size=4, max_size=4),
+    st.lists(st.integers(0, 6), min_size=4, max_size=4),
+    st.integers(0, 2**32 - 1),
+    st.one_of(st.just(NO_KEY), st.integers(-TOP_KEY, TOP_KEY)),
+)
+def test_every_group_shares_a_threshold_of_its_own(
+    scores, group, parts, floor, bits, hint
+):
+    scores = np.where(scores == -np.inf, -1.0, scores).astype(np.float32)
+    kept = np.random.default_rng(bits).random(30) < 0.7
+    kept |= bits % 3 == 0  # or nothing is dropped so far
+    most = np.array([max(len(s) - f, 0) for s, f in zip(split(scores), floor)])
+    room = np.bincount(group, most).astype(int)
+    n_drop = [round(part * n) for part, n in zip(parts, room)]
+    counts, (got, keys) = drop_by_groups(
+        *(list(map(jnp.asarray, arrays_of(x))) for x in (scores, kept)),
+        jnp.array(n_drop, jnp.int32),
+        most.astype(np.int32),
+        jnp.full(4, hint, jnp.int32),
+        group,
+    )
+    ranked = split(np.where(kept, scores, -np.inf))
+    for number, n in enumerate(n_drop):
+        own = [i for i in range(4) if group[i] == number]
+        want = global_oracle([ranked[i] for i in own], n, most[own])
+        masks = split(np.concatenate([np.ravel(m) for m in got]))
+        np.testing.assert_array_equal(np.concatenate([masks[i] for i in own]), want)
+        enough = sum(np.count_nonzero(~np.isnan(ranked[i])) for i in own) >= n
+        assert sum(int(counts[i]) for i in own) == n or not enough
+
+
 def test_infinite_scores_everywhere_do_not_stall_a_common_threshold():
     arrays = [jnp.full(t.shape, jnp.inf) for t in TENSORS]
     counts, masks = drop_globally(arrays, 15, np.array([6, 12, 6, 6], np.int32))
@@ -287,8 +353,7 @@ def test_a_tensor_too_large_to_count_is_refused_by_name():
         ):
             allocation.check([huge])
         allocation.check([Tensor("huge", (2**16, 2**15), stacked=1)])
-    with pytest.raises(ValueError, match="at most 32768 slices: \\['huge'\\]"):
-        mj.Global().check([huge])
+    mj.Global().check([huge])
 
 
 def test_an_array_as_large_as_a_count_can_be_is_ranked():

@@ -342,6 +342,113 @@ def test_a_common_threshold_over_groups_of_one_size_is_that_of_a_sort():
         np.testing.assert_array_equal(mj.find_state(state).masks[name]["kernel"], want)
 
 
+def test_blocks_of_a_layer_share_a_threshold_and_count_for_their_weights():
+    shapes = {f"layer_{i}/{k}/kernel": (8, 12) for i in range(3) for k in "ab"}
+    flat = draw(shapes=shapes)
+    structure = {"/a/": mj.Block((4, 4)), ".": mj.Block((2, 2))}
+    allocation = mj.Global(min_keep=0, per=r"layer_\d")
+    state = mj.find_state(prune(flat, 0.5, structure, allocation)[1])
+    got = {k: np.asarray(v["kernel"]) for k, v in nested_masks(state).items()}
+    for i in range(3):
+        entries = []
+        for k, b in (("a", 4), ("b", 2)):
+            scores = group_scores(flat[f"layer_{i}/{k}/kernel"], (b, b), "mean")
+            entries += [(s, k, b * b) for s in scores.ravel()]
+        budget, left = 96, {"a": 96, "b": 96}
+        for _, k, weights in sorted(entries):
+            if weights > budget:
+                break
+            budget -= weights
+            left[k] -= weights
+        assert {k: int(got[f"layer_{i}/{k}"].sum()) for k in "ab"} == left
+
+
+def test_blocks_cut_short_count_as_whole_and_a_summary_tells_what_went():
+    x = np.ones((130, 130), np.float32)
+    x[:128, :128] = 0.5
+    for allocation in (mj.Uniform(), mj.Global(), mj.ErdosRenyi()):
+        state = prune({"kernel": x}, 0.5, mj.Block((128, 128)), allocation)
+        total = mj.summary(state).total
+        assert total.asked == 0.5
+        assert total.kept == 2 * 2 * 128 and round(total.sparsity, 3) == 0.970
+
+
+def test_a_schedule_beyond_a_pattern_is_asked_for_and_not_reached():
+    params = {"kernel": jnp.asarray(draw(shapes={"k": (16, 8)})["k"])}
+    schedule = optax.linear_schedule(0.0, 0.9, 4)
+    tx = mj.movement_pruning(schedule, mj.Magnitude(), structure=mj.NM(2, 4))
+    state = tx.init(params)
+    for _ in range(5):
+        updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+        params = optax.apply_updates(params, updates)
+    assert mj.sparsity_of(state) == 0.5
+    assert state.sparsity == np.float32(0.9)
+    logged = mj.metrics(state)
+    assert logged["pruning/sparsity"] == 0.5
+    assert logged["pruning/sparsity_asked"] == np.float32(0.9)
+
+
+@pytest.mark.parametrize(
+    "name, shape, axis",
+    [
+        ("dense", (16, 8), 0),
+        ("conv", (3, 64, 32), 1),
+        ("Conv_0", (4, 2, 2), 1),
+        ("conv", (3, 3, 64, 128), 2),
+        ("value", (3, 3, 64, 128), 2),
+        ("attn/query", (64, 4, 16), 0),
+        ("attn/key", (2048, 4, 64), 0),
+        ("attn/value", (3072, 16, 256), 0),
+        ("attn/out", (4, 16, 64), 1),
+        ("attn/q_proj", (64, 4, 16), 0),
+        ("attn/k_proj", (48, 4, 16), 0),
+        ("attn/to_v", (48, 4, 16), 0),
+        ("attn/o_proj", (4, 16, 64), 1),
+        ("attn/dense", (64, 4, 16), 0),
+        ("qkv", (64, 3, 4, 16), 0),
+        ("kv", (64, 2, 4, 16), 0),
+        ("qkv", (64, 3, 64), 0),
+        ("experts/up", (8, 64, 128), 1),
+        # Layers of a scan that are not said to be.
+        ("blocks/mlp", (12, 64, 128), 1),
+        ("blocks/query", (8, 16, 16), 1),
+        ("blocks/query", (8, 16, 4, 4), 1),
+        ("blocks/attention/query", (6, 64, 4, 16), 1),
+        ("blocks/k_proj", (6, 48, 4, 16), 1),
+        ("blocks/out", (6, 4, 16, 64), 2),
+        ("blocks/qkv", (6, 64, 3, 4, 16), 1),
+    ],
+)
+def test_windows_lie_along_what_a_layer_sums_over(name, shape, axis):
+    tensor = Tensor(f"{name}/kernel", shape)
+    assert mj.NM(2, 4).axis_of(tensor) == axis
+    if name.startswith("blocks"):
+        tensor = Tensor(f"{name}/kernel", shape, stacked=1)
+        assert mj.NM(2, 4).axis_of(tensor) == axis
+
+
+@pytest.mark.parametrize("shape", [(16, 16, 16), (6, 8, 8, 4)])
+def test_an_axis_that_cannot_be_told_is_to_be_said(shape):
+    params = {"blocks": {"query": {"kernel": jnp.ones(shape)}}}
+    tx = mj.movement_pruning(structure=mj.NM(2, 4))
+    with pytest.raises(
+        ValueError, match=r"cannot tell what 'blocks/query/kernel'.*`stacked=`, or say"
+    ):
+        tx.init(params)
+    mj.movement_pruning(structure=mj.NM(2, 4, axis=-1)).init(params)
+    if len(shape) == 3:
+        tx = mj.movement_pruning(structure=mj.NM(2, 4), stacked="blocks")
+        tx.init(params)
+
+
+def nested_masks(state):
+    return {
+        f"{layer}/{name}": mask
+        for layer, masks in state.masks.items()
+        for name, mask in masks.items()
+    }
+
+
 def tensors_in_groups(structures, shapes):
     tensors = [Tensor(name, shape) for name, shape in shapes.items()]
     return [groups_of(own, t) for own, t in zip(structures, tensors)]

@@ -2,14 +2,17 @@
 
 from fractions import Fraction
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from budget import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from movement_jax import selection, wide
+import movement_jax as mj
+from movement_jax import counting, masking, selection, wide
 from movement_jax.allocation import Global, drop_total
 from movement_jax.counting import Tensor
 from movement_jax.schedules import Target
@@ -36,6 +39,17 @@ def test_sums_carry(numbers):
     array = jnp.asarray(numbers, jnp.int32)
     assert value(wide.total(array)) == sum(numbers)
     after = [sum(numbers[i + 1 :]) for i in range(len(numbers))]
+    np.testing.assert_array_equal(value(wide.sums_after(array)), after)
+
+
+@pytest.mark.parametrize("n", [2**15 - 1, 2**15, 2**15 + 1, 100_003])
+def test_sums_carry_however_many_there_are(n):
+    most = min(2 ** (31 + wide.BITS) // n, 2**31) - 1
+    numbers = np.random.default_rng(n).integers(most - 3, most, n, endpoint=True)
+    array = jnp.asarray(numbers, jnp.int32)
+    assert value(wide.total(array)) == numbers.sum()
+    np.testing.assert_array_equal(value(wide.total(array[None], -1)), [numbers.sum()])
+    after = numbers.sum() - np.cumsum(numbers)
     np.testing.assert_array_equal(value(wide.sums_after(array)), after)
 
 
@@ -86,6 +100,17 @@ def test_slices_of_one_tensor_under_a_common_threshold_are_ranked_as_a_whole(
     np.testing.assert_array_equal(np.asarray(mask).ravel(), expected)
 
 
+def test_more_slices_than_low_parts_can_be_added_are_ranked_as_a_whole():
+    tensor = Tensor("many", (40_000, 3), stacked=1)
+    scores = np.random.default_rng(0).integers(0, 5, tensor.shape).astype(np.float32)
+    allocation, arrays = Global(min_keep=0), [jnp.asarray(scores)]
+    n_drop, hint = allocation.n_drop(Target(0.55), [tensor], arrays, None)
+    (mask,), _ = selection.keep_masks(arrays, [tensor], n_drop, hint=hint)
+    expected = np.ones(120_000, bool)
+    expected[np.lexsort((-np.arange(120_000), scores.ravel()))[:66_000]] = False
+    np.testing.assert_array_equal(np.ravel(mask), expected)
+
+
 @pytest.mark.parametrize("size", [1, 1000, 2**31 + 5, 7 * 10**9 + 3, 2**40 + 1])
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.7, 0.999, 1.0])
 def test_a_share_of_a_large_total_is_rounded_exactly(size, sparsity):
@@ -96,3 +121,32 @@ def test_a_share_of_a_large_total_is_rounded_exactly(size, sparsity):
     if wide.BITS == 16:
         traced = drop_total(Target(jnp.float32(sparsity)), size)
         assert value(traced) == round(Fraction(exact) * size)
+
+
+def test_what_changes_in_a_large_tensor_is_told_right(monkeypatch):
+    old = np.random.default_rng(0).random((5, 6, 7)) < 0.5
+    new = np.random.default_rng(1).random((5, 6, 7)) < 0.4
+    moved = min((old & ~new).sum(), (~old & new).sum())
+    for most in (2**31 - 1, 50, 8):
+        monkeypatch.setattr("movement_jax.counting.MAX_COUNT", most)
+        churn = masking.churn_of({"a": jnp.asarray(old)}, {"a": jnp.asarray(new)}, ())
+        assert churn == np.float32(2 * moved / 210)
+        dropped, kept = counting.tally_all((~jnp.asarray(old), jnp.asarray(old)))
+        assert (dropped, kept) == ((~old).sum(), old.sum())
+
+
+@pytest.mark.parametrize(
+    "criterion", [mj.Taylor(), mj.SoftMovement(penalty=1.0)], ids=["sparsity", "soft"]
+)
+def test_weights_beyond_an_int32_in_one_tensor_may_come_back(criterion):
+    params = {"kernel": jax.ShapeDtypeStruct((4, 2**15, 2**15), jnp.float32)}
+    tx = mj.movement_pruning(
+        mj.cubic(0.9, 0, 9) if isinstance(criterion, mj.Taylor) else None,
+        criterion,
+        allocation=mj.Global(),
+        inner=optax.sgd(0.1),
+        regrow=True,
+    )
+    state = jax.eval_shape(tx.init, params)
+    _, new = jax.eval_shape(tx.update, params, state, params)
+    assert new.events.churn.shape == ()
