@@ -8,9 +8,13 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import re
+import shutil
 import stat
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -19,7 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from movement_jax import tree as _tree
-from movement_jax.fingerprint import Leaf, canonical, digests, fingerprint
+from movement_jax.fingerprint import (
+    Leaf,
+    assert_same_everywhere,
+    canonical,
+    combined,
+    covered,
+    digests,
+    fingerprint_of,
+)
 from movement_jax.state import find_state
 
 StateT = TypeVar("StateT")
@@ -30,6 +42,14 @@ _STORED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _WIDE = {"float64": "float32", "int64": "int32", "uint64": "uint32"}
 _WIDE |= {"complex128": "complex64"}
 _SHOWN = 5  # paths in a message
+_PATIENCE = 10  # seconds, with what a failed save still does
+_STATE = "state"  # how Orbax calls the one tree of a step
+_TMP = ".orbax-checkpoint-tmp"  # in the name of what a save that runs has written
+# Read by `json`, 1 MiB may become 20 of objects, in half a second. More than this is
+# only read beside files that are larger still.
+_JSON_BYTES, _JSON_PART = 4 * 2**20, 16
+# What `verify` believes: compressed, an array may be far smaller than in memory.
+_UNPACKED_BYTES, _UNPACKED_RATIO = 256 * 2**20, 1000
 
 
 class CheckpointError(ValueError):
@@ -43,6 +63,10 @@ def save(directory: str | os.PathLike[str], step: int, state: Any) -> None:
     fails or is killed leaves all earlier steps as they were, and none of its own that
     :func:`restore` would take. With several processes all of them must call this.
 
+    The schedule of the sparsity is code and no part of the state: it may be another one
+    when the state is restored. That weights are alive under a mask is no reason to
+    refuse either; :func:`movement_jax.health` shows them.
+
     Args:
       directory: where the run keeps its steps; made if it is not there. A local path,
         or one that Orbax knows, such as ``gs://``.
@@ -50,11 +74,13 @@ def save(directory: str | os.PathLike[str], step: int, state: Any) -> None:
       state: any tree of arrays and numbers, such as Flax's ``TrainState``.
 
     Raises:
-      ValueError: if the state could not be restored as it is: a leaf of size zero or
-        that is no array, 64 bits that JAX would make 32, or two keys that Orbax would
-        write to the same place.
-      CheckpointError: if the step is there, another process is saving into the
-        directory, or the disk is full; the message says which step is the last good.
+      ValueError: if the state could not be restored as it is: no leaves, one of size
+        zero, of a dtype that Orbax does not write or that is no array, 64 bits that JAX
+        would make 32, or two keys that Orbax would write to the same place.
+      CheckpointError: if copies of an array differ between devices or processes, the
+        step is there, another process is saving into the directory, the directory
+        cannot be written or the disk is full; then the message says which step is the
+        last good.
 
     Examples:
       >>> import tempfile, jax, jax.numpy as jnp, movement_jax as mj
@@ -69,16 +95,23 @@ def save(directory: str | os.PathLike[str], step: int, state: Any) -> None:
       [[0. 0.]
        [3. 4.]]
     """
-    _check_step(step)
+    step = _checked_step(step)
     leaves = digests(state)
     _check_savable(leaves)
+    try:
+        assert_same_everywhere(state)
+    except ValueError as error:
+        raise CheckpointError(
+            f"Step {step} was not saved to {directory}. {error}"
+        ) from error
     manifest = _sealed(
         {
             "format": _FORMAT,
             "step": step,
             "leaves": {name: list(leaf) for name, leaf in leaves.items()},
             "config": _config_of(state),
-            "fingerprint": fingerprint(state),
+            "fingerprint": fingerprint_of(state, leaves),
+            "covered": covered(state),
             "versions": {name: importlib.metadata.version(name) for name in _STORED},
         }
     )
@@ -86,26 +119,28 @@ def save(directory: str | os.PathLike[str], step: int, state: Any) -> None:
         lambda x: x if isinstance(x, jax.Array | np.ndarray) else jnp.asarray(x), state
     )
     with _locked(directory):
+        there = steps(directory)
+        if there and step <= there[-1]:
+            raise CheckpointError(
+                f"`step` must be larger than the last step in {directory}, which "
+                f"is {there[-1]}; got {step}. Steps are never overwritten: "
+                "continue from the last one, or give the run another directory."
+            )
+        for path in _step_like(directory):
+            _refuse_links(path, f"Step {step} was not saved to {directory}")
+        others = set(threading.enumerate())
         try:
-            there = steps(directory)
-            if there and step <= there[-1]:
-                raise CheckpointError(
-                    f"`step` must be larger than the last step in {directory}, which "
-                    f"is {there[-1]}; got {step}. Steps are never overwritten: "
-                    "continue from the last one, or give the run another directory."
-                )
-            with _cleaned(directory) as checkpointer:
+            with _checkpointer(directory) as checkpointer:
                 checkpointer.save(step, state, force=True, custom_metadata=manifest)
-        except CheckpointError:
-            raise
         except Exception as error:
             raise CheckpointError(
                 f"Step {step} could not be saved to {directory}: {_first_line(error)}. "
-                f"{_cleaned_up(directory)}"
+                f"{_cleaned_up(directory, others)}"
             ) from error
         if step not in steps(directory):
             raise CheckpointError(
-                f"Step {step} was not written to {directory}. {_cleaned_up(directory)}"
+                f"Step {step} was not written to {directory}. "
+                f"{_cleaned_up(directory, others)}"
             )
 
 
@@ -114,8 +149,12 @@ def restore(
 ) -> StateT:
     """Restores a state that :func:`save` saved, or says why it is not that state.
 
-    Every array is compared with the digest that was taken when it was saved. Nothing is
-    cast, dropped or made up. With several processes all of them must call this.
+    Every array is compared with the digest that was taken when it was saved, and params
+    and masks with their common fingerprint. Nothing is cast, dropped or made up. With
+    several processes all of them must call this.
+
+    The schedule of the sparsity is not compared, since it is no part of the state: give
+    ``like`` another one to go on with another one.
 
     Args:
       directory: as given to :func:`save`. May come from a stranger.
@@ -135,14 +174,25 @@ def restore(
     Examples:
       See :func:`save`.
     """
-    step = _found_step(directory, step)
-    where = f"Step {step} in {directory}"
-    manifest = _read_manifest(directory, step, where)
-    wanted = _named(like)
-    _check_fits(manifest, wanted, _config_of(like), where)
-    target = jax.tree.map(_target, like)
-    state: StateT = jax.tree.map(_canonical, _load(directory, step, target, where))
-    _check_content(manifest, digests(state), where)
+    found = _found_step(directory, step)
+    where = f"Step {found} in {directory}"
+    try:
+        manifest, _ = _read_manifest(directory, found, where)
+        _check_fits(manifest, _named(like), _config_of(like), where)
+        _described(directory, found, manifest["leaves"], where)
+        target = jax.tree.map(_target, like)
+        state: StateT = jax.tree.map(_canonical, _load(directory, found, target, where))
+        leaves = digests(state)
+        _check_content(_leaves_of(manifest), leaves, where)
+        _check_fingerprint(manifest, fingerprint_of(state, leaves), where)
+    except CheckpointError as error:
+        others = [one for one in steps(directory) if one != found]
+        if step is not None or not others:
+            raise
+        raise CheckpointError(
+            f"{error} Other steps there: {others}; give `step=` to restore one of "
+            "them. `verify` says which are good."
+        ) from error
     return state
 
 
@@ -158,7 +208,9 @@ def verify(
       step: which one; all of them by default.
 
     Returns:
-      The fingerprint of every step looked at (see :func:`movement_jax.fingerprint`).
+      The fingerprint of every step looked at (see :func:`movement_jax.fingerprint`),
+      computed from what was read; empty where the manifest does not say what it covers,
+      as those of the first version did not.
 
     Raises:
       CheckpointError: if there are none, or any is not what was saved; the message
@@ -175,13 +227,18 @@ def verify(
     for one in steps(directory) if step is None else [_found_step(directory, step)]:
         where = f"Step {one} in {directory}"
         try:
-            manifest = _read_manifest(directory, one, where)
-            found = digests(_load(directory, one, None, where))
-            _check_content(manifest, _as_saved(found, manifest["leaves"]), where)
+            manifest, size = _read_manifest(directory, one, where)
+            saved = manifest["leaves"]
+            written = _described(directory, one, saved, where)
+            target = _on_one_device(written, size, where)
+            arrays = _by_saved_name(_load(directory, one, target, where), saved)
+            leaves = _as_keys(digests(arrays), saved)
+            _check_content(_leaves_of(manifest), leaves, where)
+            mark = _recomputed(manifest, arrays, leaves, where)
         except CheckpointError as error:
             bad.append(str(error))
         else:
-            good[one] = str(manifest["fingerprint"])
+            good[one] = mark
     if bad:
         raise CheckpointError(" ".join([*bad, f"Good steps: {list(good) or 'none'}."]))
     if not good:
@@ -203,16 +260,34 @@ def steps(directory: str | os.PathLike[str]) -> list[int]:
       >>> mj.checkpoint.steps(directory)
       []
     """
+    named = (os.path.basename(path) for path in _step_like(directory))
+    return sorted(int(name) for name in named if _is_step(name))
+
+
+def _is_step(name: str) -> bool:
+    """Whether a directory is what :func:`save` calls one: Orbax takes others too."""
+    return name.isascii() and name.isdigit() and name == str(int(name))
+
+
+def _step_like(directory: Any) -> list[str]:
+    """Paths of all that Orbax takes for a step that was written to its end."""
     from orbax.checkpoint import utils
 
-    return sorted(utils.checkpoint_steps(_path(directory)))
+    try:
+        return [str(path) for path in utils.checkpoint_steps_paths(_path(directory))]
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{directory} cannot be read as a directory of checkpoints: "
+            f"{_first_line(error)}."
+        ) from error
 
 
-def _cleaned(directory: Any) -> Any:
-    """An Orbax checkpointer for a directory without what failed saves have left."""
+def _checkpointer(directory: Any) -> Any:
     from orbax.checkpoint import v1 as ocp
 
-    return ocp.training.Checkpointer(_path(directory), cleanup_tmp_directories=True)
+    # It would clean up without telling when it is done: see `_clean`.
+    cleans = _in_bucket(directory)
+    return ocp.training.Checkpointer(_path(directory), cleanup_tmp_directories=cleans)
 
 
 def _path(directory: str | os.PathLike[str]) -> str:
@@ -240,13 +315,13 @@ def _found_step(directory: Any, step: int | None) -> int:
         raise CheckpointError(f"There is no checkpoint in {directory}.")
     if step is None:
         return there[-1]
-    _check_step(step)
+    step = _checked_step(step)
     if step not in there:
         raise CheckpointError(f"There is no step {step} in {directory}, only {there}.")
     return step
 
 
-def _check_step(step: Any) -> None:
+def _checked_step(step: Any) -> int:
     if isinstance(step, bool) or not isinstance(step, int | np.integer):
         raise TypeError(
             f"`step` must be a number of steps, got {step!r}. Of a train state it is "
@@ -254,10 +329,18 @@ def _check_step(step: Any) -> None:
         )
     if step < 0:
         raise ValueError(f"`step` must not be negative, got {step}.")
+    return int(step)
 
 
 def _check_savable(leaves: Mapping[str, Leaf]) -> None:
+    if not leaves:
+        raise ValueError("There is no array in the state: nothing to save.")
     for name, leaf in leaves.items():
+        if not _is_written(leaf.dtype):
+            raise ValueError(
+                f"Leaf {name!r} is {leaf.dtype}, which Orbax does not write. Save "
+                "`x.astype` of another dtype."
+            )
         wide = _WIDE.get(leaf.dtype)
         if wide and not jax.config.read("jax_enable_x64"):
             raise ValueError(
@@ -270,6 +353,14 @@ def _check_savable(leaves: Mapping[str, Leaf]) -> None:
             f"Orbax saves no arrays of size zero: {empty[:_SHOWN]}. Take them out of "
             "the state; they hold nothing."
         )
+    # Orbax writes each key twice, and some 30 bytes beside it; of a leaf 200 more.
+    text = sum(300 + 2 * len(name) + 40 * name.count("/") for name in leaves)
+    data = sum(math.prod(leaf.shape) for leaf in leaves.values())
+    if text > max(_JSON_BYTES, data // _JSON_PART):
+        raise ValueError(
+            f"The state is of {len(leaves)} leaves with hardly anything in them, which "
+            "`restore` would take for an attack. Stack them."
+        )
     written: dict[str, str] = {}
     for name in leaves:
         other = written.setdefault(name.replace("/", "."), name)
@@ -279,11 +370,38 @@ def _check_savable(leaves: Mapping[str, Leaf]) -> None:
                 "would be lost. Rename the key that has a dot in it."
             )
     for name in leaves:
-        if name.startswith("/") or ".." in name.split("/") or "\0" in name:
+        if _leads_out(name):
             raise ValueError(
-                f"The path {name!r} of a leaf could lead out of the directory. Rename "
-                "its key."
+                f"The path {name!r} of a leaf is no safe name: as that of a file it "
+                "could lead out of the directory. Rename its key."
             )
+
+
+def _is_written(dtype: str) -> bool:
+    import tensorstore
+
+    if dtype.startswith("key<"):
+        return True  # as integers
+    try:
+        tensorstore.dtype(dtype)
+    except ValueError:
+        return False
+    return True
+
+
+def _leads_out(name: str) -> bool:
+    """Whether a file named like a leaf could be elsewhere.
+
+    Orbax joins the keys with dots, so that empty ones and dots may make a ``..``.
+    """
+    keys = name.split("/")
+    return (
+        name.startswith("/")
+        or ".." in keys
+        or any({a, b} <= {"", "."} for a, b in zip(keys, keys[1:]))
+        or "\0" in name
+        or name != name.encode(errors="replace").decode()
+    )
 
 
 def _config_of(state: Any) -> str:
@@ -300,10 +418,14 @@ def _sealed(manifest: dict[str, Any]) -> dict[str, Any]:
     return {**manifest, "seal": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def _read_manifest(directory: Any, step: int, where: str) -> dict[str, Any]:
-    _refuse_links(directory, step, where)
+def _read_manifest(
+    directory: Any, step: int, where: str
+) -> tuple[dict[str, Any], int | None]:
+    """What was saved, if names and files are safe to open; and their size, if local."""
+    size = _refuse_links(_step_path(directory, step), where)
     try:
-        manifest = dict(_metadata(directory, step).custom_metadata)
+        written = _read_json(directory, step, "_CHECKPOINT_METADATA", size)
+        manifest = dict(written["custom_metadata"])
         seal = manifest.pop("seal")
         whole = _sealed(manifest)["seal"] == seal and _is_manifest(manifest, step)
     except Exception as error:
@@ -313,7 +435,57 @@ def _read_manifest(directory: Any, step: int, where: str) -> dict[str, Any]:
         ) from error
     if not whole:
         raise CheckpointError(f"{where}: its manifest was damaged.")
-    return manifest
+    written = _names_of_orbax(directory, step, size, where)
+    _check_names(manifest["leaves"], written, where)
+    return manifest, size
+
+
+def _names_of_orbax(
+    directory: Any, step: int, size: int | None, where: str
+) -> list[tuple[str, bool]]:
+    """Names by which Orbax would open files, and whether there is an array in them."""
+    try:
+        written = _read_json(directory, step, f"{_STATE}/_METADATA", size)
+        return [
+            (
+                "/".join(str(key["key"]) for key in entry["key_metadata"]),
+                not entry["value_metadata"]["skip_deserialize"],
+            )
+            for entry in written["tree_metadata"].values()
+        ]
+    except Exception as error:
+        raise CheckpointError(
+            f"{where} cannot be read: what Orbax wrote of it was damaged "
+            f"({_first_line(error)}). Restore another step."
+        ) from error
+
+
+def _check_names(
+    saved: Mapping[str, Any], written: list[tuple[str, bool]], where: str
+) -> None:
+    for name in [*saved, *(name for name, _ in written)]:
+        if _leads_out(name):
+            raise CheckpointError(
+                f"{where}: the path {name!r} of a leaf could lead out of the "
+                "directory, so nothing of it was read."
+            )
+    names = sorted(_saved_name(name, saved) for name, holds in written if holds)
+    if names != sorted(saved):
+        odd = sorted(set(names) ^ set(saved)) or names
+        raise CheckpointError(
+            f"{where}: its manifest and Orbax name other leaves: {odd[:_SHOWN]}. The "
+            "files were damaged or changed: restore another step."
+        )
+
+
+def _read_json(directory: Any, step: int, name: str, size: int | None) -> Any:
+    from etils import epath
+
+    path = epath.Path(_step_path(directory, step)) / name
+    limit = max(_JSON_BYTES, (size or 0) // _JSON_PART)
+    if path.stat().length > limit:
+        raise ValueError(f"{name} is larger than {limit} bytes")
+    return json.loads(path.read_bytes())
 
 
 def _is_manifest(found: dict[str, Any], step: int) -> bool:
@@ -323,6 +495,9 @@ def _is_manifest(found: dict[str, Any], step: int) -> bool:
     for shape, dtype, digest in found["leaves"].values():
         texts += [dtype, digest]
         numbers += shape
+    for name, axis in found.get("covered", {}).values():
+        texts.append(name)
+        numbers.append(0 if axis is None else axis)
     return (
         all(type(text) is str for text in texts)
         and all(type(number) is int for number in numbers)
@@ -330,29 +505,43 @@ def _is_manifest(found: dict[str, Any], step: int) -> bool:
     )
 
 
-def _refuse_links(directory: Any, step: int, where: str) -> None:
-    """A link, or a device, would be read as if it was part of the checkpoint."""
-    if _in_bucket(directory):
-        return  # which knows no links
-    pending = [_step_path(directory, step)]
+def _refuse_links(path: str, where: str) -> int | None:
+    """Refuses what would be read as if it was part of the checkpoint; sums up sizes."""
+    if _in_bucket(path):
+        return None  # which knows no links
+    pending, size = [path], 0
     while pending:
         path = pending.pop()
-        mode = os.lstat(path).st_mode
-        if stat.S_ISDIR(mode):
-            pending += [os.path.join(path, name) for name in os.listdir(path)]
-        elif not stat.S_ISREG(mode):
+        try:
+            found = os.lstat(path)
+            if stat.S_ISDIR(found.st_mode):
+                pending += [os.path.join(path, name) for name in os.listdir(path)]
+                continue
+        except OSError as error:
+            raise CheckpointError(
+                f"{where}: {path} cannot be read ({_first_line(error)})."
+            ) from error
+        if not stat.S_ISREG(found.st_mode):
             raise CheckpointError(
                 f"{where}: {path} is a link or no regular file. It could be made to "
                 "read other files of this machine, so nothing of it was read."
             )
+        size += found.st_size
+    return size
 
 
 def _named(like: Any) -> dict[str, tuple[list[int], str]]:
-    def kind(x: Any) -> tuple[list[int], str]:
-        x = x if hasattr(x, "dtype") else jnp.asarray(x)
+    def kind(name: str, x: Any) -> tuple[list[int], str]:
+        try:
+            x = x if hasattr(x, "dtype") else jnp.asarray(x)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise CheckpointError(
+                f"`like` has {x!r} at {name!r}, which is no array. Make it as what was "
+                "saved was made."
+            ) from error
         return list(x.shape), str(x.dtype)
 
-    return {name: kind(x) for name, x in _tree.named_leaves(like)}
+    return {name: kind(name, x) for name, x in _tree.named_leaves(like)}
 
 
 def _check_fits(
@@ -361,7 +550,7 @@ def _check_fits(
     config: str,
     where: str,
 ) -> None:
-    saved = {name: (shape, dtype) for name, (shape, dtype, _) in _leaves_of(manifest)}
+    saved = {n: (list(x.shape), x.dtype) for n, x in _leaves_of(manifest).items()}
     for names, what in (
         (sorted(wanted.keys() - saved.keys()), "is not in it"),
         (sorted(saved.keys() - wanted.keys()), "is in it, but not in `like`"),
@@ -385,14 +574,13 @@ def _check_fits(
         )
 
 
-def _leaves_of(manifest: dict[str, Any]) -> Iterator[tuple[str, list[Any]]]:
-    yield from manifest["leaves"].items()
+def _leaves_of(manifest: dict[str, Any]) -> dict[str, Leaf]:
+    return {n: Leaf(tuple(s), d, h) for n, (s, d, h) in manifest["leaves"].items()}
 
 
 def _check_content(
-    manifest: dict[str, Any], found: Mapping[str, Leaf], where: str
+    saved: Mapping[str, Leaf], found: Mapping[str, Leaf], where: str
 ) -> None:
-    saved = {name: Leaf(tuple(s), d, h) for name, (s, d, h) in _leaves_of(manifest)}
     wrong = sorted(name for name in saved if found.get(name) != saved[name])
     wrong += sorted(found.keys() - saved.keys())
     if wrong:
@@ -400,6 +588,14 @@ def _check_content(
             f"{where}: leaf {wrong[0]!r} is not what was saved (of {len(wrong)} such "
             f"among {len(saved)}). The files were damaged or changed: restore another "
             "step."
+        )
+
+
+def _check_fingerprint(manifest: dict[str, Any], found: str, where: str) -> None:
+    if found != manifest["fingerprint"]:
+        raise CheckpointError(
+            f"{where}: its params and masks have not the fingerprint that its manifest "
+            "says. They were changed, or are not of one run: restore another step."
         )
 
 
@@ -420,14 +616,18 @@ def _target(x: Any) -> jax.ShapeDtypeStruct:
 def _load(directory: Any, step: int, target: Any, where: str) -> Any:
     from orbax.checkpoint import v1 as ocp
 
+    path = _step_path(directory, step)
+    with _readable(where):
+        return ocp.load(path, target, checkpointable_name=_STATE)
+
+
+@contextlib.contextmanager
+def _readable(where: str) -> Iterator[None]:
+    """Makes one kind of error of the many that damaged files lead to."""
     try:
-        if target is None:
-            here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            target = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
-                _metadata(directory, step).metadata,
-            )
-        return ocp.load(_step_path(directory, step), target)
+        yield
+    except CheckpointError:
+        raise
     except Exception as error:
         raise CheckpointError(
             f"{where} cannot be read: {_first_line(error)}. If its files were damaged, "
@@ -435,18 +635,78 @@ def _load(directory: Any, step: int, target: Any, where: str) -> Any:
         ) from error
 
 
-def _as_saved(found: Mapping[str, Leaf], saved: Mapping[str, Any]) -> dict[str, Leaf]:
-    """Digests of plain dicts by the paths that they have in the state.
+def _described(directory: Any, step: int, saved: Mapping[str, Any], where: str) -> Any:
+    """The tree of arrays as their files describe them, if that is what was saved."""
+    from orbax.checkpoint import v1 as ocp
 
-    Those of boxes end in ``/value`` on disk, and random keys are plain integers.
-    """
-    named = {}
-    for name, leaf in found.items():
-        name = name if name in saved else name.rpartition("/")[0]
-        named[name] = leaf
-        if name in saved and saved[name][1].startswith("key<"):
-            named[name] = leaf._replace(shape=leaf.shape[:-1], dtype=saved[name][1])
-    return named
+    with _readable(where):
+        path = _step_path(directory, step)
+        written = ocp.metadata(path, checkpointable_name=_STATE).metadata
+        arrays = _by_saved_name(written, saved)
+        found = {n: Leaf(tuple(x.shape), str(x.dtype), "") for n, x in arrays.items()}
+        chunks = {n: x.storage_metadata.chunk_shape for n, x in arrays.items()}
+    wanted = {name: Leaf(tuple(s), d, "") for name, (s, d, _) in saved.items()}
+    _check_content(wanted, _as_keys(found, saved), where)
+    for name, chunk in chunks.items():
+        if any(a > b for a, b in zip(chunk, found[name].shape)):
+            raise CheckpointError(
+                f"{where}: leaf {name!r} is {list(found[name].shape)} in chunks of "
+                f"{list(chunk)}, which may be meant to fill the memory."
+            )
+    return written
+
+
+def _on_one_device(written: Any, size: int | None, where: str) -> Any:
+    """What Orbax is to restore for `verify`, which has no `like` to tell how much."""
+    leaves = jax.tree.leaves(written)
+    total = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+    if size and total > max(_UNPACKED_BYTES, size * _UNPACKED_RATIO):
+        raise CheckpointError(
+            f"{where}: its {size} bytes are said to hold {total}, which may be meant "
+            "to fill the memory. `restore` reads it: it knows from `like` how large "
+            "the state is."
+        )
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), written
+    )
+
+
+def _saved_name(name: str, saved: Mapping[str, Any]) -> str:
+    """The path in the state: those of boxes end in ``/value`` on disk."""
+    return name if name in saved else name.rpartition("/")[0]
+
+
+def _by_saved_name(tree: Any, saved: Mapping[str, Any]) -> dict[str, Any]:
+    return {_saved_name(name, saved): x for name, x in _tree.named_leaves(tree)}
+
+
+def _as_keys(found: Mapping[str, Leaf], saved: Mapping[str, Any]) -> dict[str, Leaf]:
+    """Random keys as such, which Orbax may show as the integers that they are."""
+
+    def one(name: str, leaf: Leaf) -> Leaf:
+        dtype = saved[name][1] if name in saved else leaf.dtype
+        if not dtype.startswith("key<") or leaf.dtype.startswith("key<"):
+            return leaf
+        return leaf._replace(shape=leaf.shape[:-1], dtype=dtype)
+
+    return {name: one(name, leaf) for name, leaf in found.items()}
+
+
+def _recomputed(
+    manifest: dict[str, Any],
+    arrays: Mapping[str, Any],
+    leaves: Mapping[str, Leaf],
+    where: str,
+) -> str:
+    """The fingerprint of what was read, as far as the manifest says what is in it."""
+    covered = manifest.get("covered")
+    if not covered:
+        return ""
+    with _readable(where):
+        found = combined(covered, arrays, leaves)
+    _check_fingerprint(manifest, found, where)
+    return found
 
 
 def _canonical(x: Any) -> Any:
@@ -468,9 +728,15 @@ def _locked(directory: Any) -> Iterator[None]:
         return
     import fcntl
 
-    os.makedirs(directory, exist_ok=True)
     path = os.path.join(_path(directory), _LOCK)
-    lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o644)
+    try:
+        os.makedirs(directory, exist_ok=True)
+        lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        raise CheckpointError(
+            f"Nothing can be saved to {directory}: {_first_line(error)}. Give another "
+            f"directory, or take away what is in the place of {path}."
+        ) from error
     free = True
     try:
         if jax.process_index() == 0:
@@ -478,6 +744,8 @@ def _locked(directory: Any) -> Iterator[None]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 free = False
+            else:
+                _clean(directory)
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
@@ -492,11 +760,30 @@ def _locked(directory: Any) -> Iterator[None]:
         os.close(lock)  # which gives it back, as the end of the process would
 
 
-def _cleaned_up(directory: Any) -> str:
-    """Removes what a failed save has left, which would keep a full disk full."""
-    with _cleaned(directory):
-        there = steps(directory)
+def _cleaned_up(directory: Any, others: set[threading.Thread]) -> str:
+    """Cleans up after a failed save, once all the threads that it began have ended."""
+    for thread in set(threading.enumerate()) - others:
+        if type(thread).__name__ == "_SignalingThread":  # others wait for more work
+            thread.join(_PATIENCE)
+    if jax.process_index() == 0:
+        _clean(directory)
+    there = steps(directory)
     return f"The last good step is {there[-1]}." if there else "There is no good step."
+
+
+def _clean(directory: Any) -> None:
+    """Removes what failed saves have left, which would keep a full disk full."""
+    if _in_bucket(directory):
+        return  # Orbax does, with the next save
+    for name in os.listdir(_path(directory)):
+        path = os.path.join(_path(directory), name)
+        if _TMP not in name:
+            continue
+        if os.path.islink(path) or not os.path.isdir(path):
+            os.unlink(path)
+        end = time.monotonic() + _PATIENCE
+        while os.path.isdir(path) and time.monotonic() < end:
+            shutil.rmtree(path, ignore_errors=True)  # writers may still add to it
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,15 +1,18 @@
 """What a state is, bit for bit: a digest of every array, the same on any mesh."""
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from movement_jax import packing
 from movement_jax import tree as _tree
+from movement_jax.packing import PackedMask, is_packed
 from movement_jax.prune import unpack
-from movement_jax.state import find_state
+from movement_jax.state import find_stored
 
 _SHOWN = 10  # paths in a message
 
@@ -78,15 +81,52 @@ def fingerprint(state: Any) -> str:
       >>> mj.fingerprint(state) == mj.fingerprint(mj.prune(state, 0.5))
       False
     """
-    try:
-        params, opt_state, _ = unpack(state)
-        counted = {"params": params, "masks": find_state(opt_state).masks}
-    except ValueError:
-        counted = state
-    total = hashlib.sha256()
-    for name, leaf in sorted(digests(counted).items()):
-        total.update(repr((name, *leaf)).encode())
-    return total.hexdigest()
+    return _combined(digests(jax.tree.map(_plain, _counted(state), is_leaf=is_packed)))
+
+
+def fingerprint_of(state: Any, leaves: Mapping[str, Leaf]) -> str:
+    """The fingerprint of a state, of which ``leaves`` are the :func:`digests`."""
+    parts = covered(state)
+    arrays = dict(_tree.named_leaves(state))
+    return combined(parts, arrays, leaves) if parts else fingerprint(state)
+
+
+def covered(state: Any) -> dict[str, tuple[str, int | None]]:
+    """What the fingerprint of a state covers, and where in the state it is.
+
+    Returns:
+      ``{name: (path, axis)}``: path of a leaf, and along which axis a mask is packed;
+      empty if anything of it is not itself a leaf of the state.
+    """
+    paths = {id(leaf): name for name, leaf in _tree.named_leaves(state)}
+    flat = jax.tree_util.tree_flatten_with_path(_counted(state), is_leaf=is_packed)[0]
+    found = {}
+    for path, node in flat:
+        leaf, axis = (node.words, node.axis) if is_packed(node) else (node, None)
+        if id(leaf) not in paths:
+            return {}
+        found[_tree.path_name(path)] = paths[id(leaf)], axis
+    return found
+
+
+def combined(
+    parts: Mapping[str, tuple[str, int | None]],
+    arrays: Mapping[str, Any],
+    leaves: Mapping[str, Leaf],
+) -> str:
+    """The fingerprint that covers those parts of a state.
+
+    Args:
+      parts: as :func:`covered` tells them.
+      arrays: leaves of the state, by their path.
+      leaves: digests of them.
+    """
+    found = {}
+    for name, (path, axis) in parts.items():
+        found[name] = leaves[path]
+        if axis is not None:
+            found[name] = _digest(name, _plain(PackedMask(arrays[path], axis)))
+    return _combined(found)
 
 
 def assert_same_everywhere(state: Any) -> None:
@@ -128,6 +168,26 @@ def canonical(array: np.ndarray) -> np.ndarray:
     return array.view(np.uint8) != 0 if array.dtype == np.bool_ else array
 
 
+def _counted(state: Any) -> Any:
+    """The part of a state that it computes with, its masks as they are kept."""
+    try:
+        params, opt_state, _ = unpack(state)
+        return {"params": params, "masks": find_stored(opt_state).masks}
+    except ValueError:
+        return state
+
+
+def _plain(node: Any) -> Any:
+    return packing.unpack(node) if is_packed(node) else node
+
+
+def _combined(leaves: Mapping[str, Leaf]) -> str:
+    total = hashlib.sha256()
+    for name, leaf in sorted(leaves.items()):
+        total.update(repr((name, *leaf)).encode())
+    return total.hexdigest()
+
+
 def _digest(name: str, x: Any) -> Leaf:
     if not isinstance(x, jax.Array | np.ndarray | np.generic):
         if not isinstance(x, bool | int | float | complex):
@@ -135,7 +195,13 @@ def _digest(name: str, x: Any) -> Leaf:
                 f"Leaf {name!r} is a {type(x).__name__}, not an array or a number. "
                 "Leave it out of the tree, or make it static."
             )
-        x = jnp.asarray(x)
+        try:
+            x = jnp.asarray(x)
+        except OverflowError as error:
+            raise ValueError(
+                f"Leaf {name!r} is {x}, too large for the integers of JAX. Save it as "
+                "a float, or leave it out of the tree."
+            ) from error
     return Leaf(tuple(x.shape), str(x.dtype), _sha256(_whole(_without_key(x))))
 
 
@@ -161,6 +227,8 @@ def _whole(x: Any) -> np.ndarray:
 
 def _same_everywhere(x: Any) -> bool:
     """Whether each part of an array is the same wherever it is kept."""
+    if _kept_once(x):
+        return True
     if not isinstance(x, jax.Array):
         x = np.asarray(x)
         parts, here = ["()"], {"()": [_sha256(x)]}
@@ -182,6 +250,17 @@ def _same_everywhere(x: Any) -> bool:
             for highest, lowest in everywhere.transpose(1, 2, 0, 3)
         ]
     return all(highest == lowest for highest, lowest in bounds)
+
+
+def _kept_once(x: Any) -> bool:
+    """Whether there is one copy of each part, so that nothing can differ."""
+    here = not isinstance(x, jax.Array) or x.is_fully_addressable
+    if here and jax.process_count() > 1:
+        return False
+    if not isinstance(x, jax.Array):
+        return True
+    indices = [str(i) for i in x.sharding.devices_indices_map(x.shape).values()]
+    return len(set(indices)) == len(indices)
 
 
 def _gathered(x: Any, tiled: bool = False) -> np.ndarray:

@@ -150,10 +150,15 @@ def find_state(opt_state: Any) -> MovementState:
       >>> print(state.step)
       0
     """
+    return shown(find_stored(opt_state))
+
+
+def find_stored(opt_state: Any) -> MovementState:
+    """The same, with masks as they are kept: packed, if they are."""
     found = _states_in(opt_state)
     found += [y for x in found for y in _states_in(x.inner_state)]
     if len(found) == 1:
-        return shown(found[0])
+        return found[0]
     if found:
         raise ValueError(
             f"Found {len(found)} `movement_pruning` states in the optimizer state. Use "

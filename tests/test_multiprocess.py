@@ -105,6 +105,18 @@ def test_all_processes_have_one_fingerprint_and_tell_copies_that_differ(two, alo
         assert "copies/b, copies/c" in report["differing"]
 
 
+def test_E6_copies_that_differ_are_not_saved(two):
+    for report in two[0]:
+        assert "2 of 4 arrays differ" in report["not saved"]
+        assert "Step 1 was not saved to" in report["not saved"]
+        assert report["steps"] == []
+
+
+def test_two_processes_restore_what_they_saved(two):
+    for report in two[0]:
+        assert report["restored"] == report["digests"]
+
+
 def test_each_process_holds_its_part_of_the_state(two):
     for report in two[0]:
         assert report["held"] == pytest.approx(report["whole"] / 2)
@@ -336,6 +348,14 @@ def child(job):
         mj.assert_same_everywhere({"copies": copies})
     except ValueError as error:
         report["differing"] = str(error)
+    if "save" in job:
+        try:
+            mj.checkpoint.save(f"{job['save']}_other", 1, {"copies": copies})
+        except mj.CheckpointError as error:
+            report["not saved"] = str(error)
+        report["steps"] = mj.checkpoint.steps(f"{job['save']}_other")
+        like = mj.checkpoint.restore(f"{job['save']}_run", (params, state))
+        report["restored"] = digests(*like)
     prune = jax.jit(mj.prune, out_shardings=out)
     report["pruned"] = digests(*prune((params, state), 0.93))
     print("REPORT", json.dumps(report), flush=True)

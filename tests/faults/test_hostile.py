@@ -16,6 +16,7 @@ from orbax.checkpoint import v1 as ocp
 
 import movement_jax as mj
 
+from . import hostile
 from .subjects import KERNEL, PARAMS, both, train
 
 PACKAGE = pathlib.Path(mj.__file__).parent
@@ -159,3 +160,48 @@ def test_G9_the_names_of_leaves_cost_time_in_proportion(name):
     opt_state = tx.init(params)
     assert time.process_time() - start < 2  # of a pattern that goes back: for ever
     assert mj.find_state(opt_state).masks[name]["kernel"].all()
+
+
+BATCHES = 4
+
+
+@pytest.mark.parametrize("batch", range(BATCHES))
+def test_G1_G2_no_checkpoint_of_a_stranger_does_harm(batch, tmp_path, record_property):
+    names = list(hostile.CASES)[batch::BATCHES]
+    found = hostile.read_all(tmp_path, names)
+    good = ("exact", "refused")
+    bad = {n: o for n, o in found.items() if any(way[0] not in good for way in o)}
+    record_property("R11", (len(bad), len(names)))
+    assert sorted(found) == sorted(names)
+    assert bad == {}
+
+
+def test_and_most_of_them_are_refused(tmp_path):
+    assert len(hostile.CASES) > 200
+    told = hostile.read_all(
+        tmp_path,
+        [
+            "link_to_a_secret",
+            "name_that_is_absolute_where_there_is_an_array",
+            "names_that_are_the_same",
+            "description_without_keys",
+            "manifest_as_60_MB_of_spaces",
+            "arrays_filled_to_a_terabyte",
+            "array_of_the_right_shape_in_a_chunk_of_a_gigabyte",
+            "mask_of_bytes_7",
+            "data_zeroed",
+        ],
+    )
+    words = [
+        "so nothing of it was read",
+        "could lead out of the directory",
+        "name other leaves",
+        "what Orbax wrote of it was damaged",
+        "is larger than",
+        "are said to hold",
+        "in chunks of",
+        "cannot be read",
+        "cannot be read",
+    ]
+    for (name, (_, verified)), part in zip(told.items(), words):
+        assert verified[0] == "refused" and part in verified[3], (name, verified)
