@@ -64,6 +64,9 @@ def nodes(depth):
         st.lists(inner, max_size=3),
         st.lists(inner, max_size=3).map(tuple),
         st.builds(Pair, inner, inner),
+        st.sampled_from(["norm_1", "embedding"]).map(
+            lambda name: {name: {"weight": "matrix", "kernel": "matrix"}}
+        ),
     )
 
 
