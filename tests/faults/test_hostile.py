@@ -201,7 +201,7 @@ def test_and_most_of_them_are_refused(tmp_path):
         "are said to hold",
         "in chunks of",
         "cannot be read",
-        "cannot be read",
+        "is not what was saved",
     ]
     for (name, (_, verified)), part in zip(told.items(), words):
         assert verified[0] == "refused" and part in verified[3], (name, verified)
