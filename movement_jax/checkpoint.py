@@ -519,7 +519,7 @@ def _refuse_links(path: str, where: str) -> int | None:
                 continue
         except OSError as error:
             raise CheckpointError(
-                f"{where}: {path} cannot be read ({_first_line(error)})."
+                f"{where}: nothing is known of {path} ({_first_line(error)})."
             ) from error
         if not stat.S_ISREG(found.st_mode):
             raise CheckpointError(

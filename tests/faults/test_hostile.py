@@ -200,7 +200,7 @@ def test_and_most_of_them_are_refused(tmp_path):
         "is larger than",
         "are said to hold",
         "in chunks of",
-        "cannot be read",
+        "If its files were damaged",
         "is not what was saved",
     ]
     for (name, (_, verified)), part in zip(told.items(), words):
