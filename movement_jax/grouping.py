@@ -21,6 +21,8 @@ _SMALLEST_NORMAL = 0x00800000  # as bits of a float32
 _DROPPED = -(2**31)  # ranks below every score
 _LIMB = 31  # bits of an integer sum
 _LEAST_BITS = 32  # that a sum keeps of the largest member
+_BYTE = 8  # bits
+_TILE = 8  # rows of a TPU's registers
 
 
 def group_shape(shape: tuple[int, ...], block: tuple[int, ...]) -> tuple[int, ...]:
@@ -100,32 +102,98 @@ def keep_in_windows(
     Returns:
       True where kept. Shape of ``x``, bool.
     """
-    key, size = _rank_key(x), x.shape[axis]
-    if kept is not None:
-        key = jnp.where(kept, key, _DROPPED)
+    size = x.shape[axis]
     rest = size % window
     if not rest:
-        return _laid_out(_keep_in_windows(key, axis, window, n_drop), x)
-    key = _within_devices(key, axis, window)
-    last = lax.slice_in_dim(key, size - rest, size, axis=axis)
-    mask = _keep_in_windows(last, axis, rest, n_drop - (window - rest))
+        return _laid_out(_keep_in_windows(x, kept, axis, window, n_drop), x)
+
+    def part(x: Any, start: int, stop: int) -> Any:
+        whole = _within_devices(x, axis, window)
+        return lax.slice_in_dim(whole, start, stop, axis=axis)
+
+    last, old = jax.tree.map(lambda a: part(a, size - rest, size), (x, kept))
+    mask = _keep_in_windows(last, old, axis, rest, n_drop - (window - rest))
     if size > window:
-        whole = lax.slice_in_dim(key, 0, size - rest, axis=axis)
-        whole = _keep_in_windows(whole, axis, window, n_drop)
+        whole, old = jax.tree.map(lambda a: part(a, 0, size - rest), (x, kept))
+        whole = _keep_in_windows(whole, old, axis, window, n_drop)
         mask = jnp.concatenate([whole, mask], axis)
     return _laid_out(mask, x)
 
 
 def _keep_in_windows(
-    key: jax.Array, axis: int, window: int, n_drop: jax.Array
+    x: jax.Array, kept: jax.Array | None, axis: int, window: int, n_drop: jax.Array
 ) -> jax.Array:
-    key = _split_axis(key, axis, window)
-    index = lax.broadcasted_iota(jnp.int32, key.shape, axis + 1)
-    above = jnp.zeros_like(key)
-    for j in range(window):
-        other = lax.slice_in_dim(key, j, j + 1, axis=axis + 1)
-        above += (other + (j < index).astype(jnp.int32) > key).astype(jnp.int32)
-    return _join(above < window - n_drop, axis)
+    """Counts what is above each score in its window. All windows are whole.
+
+    No ranks are stored: XLA fuses what they are made of into where they are compared.
+    For a CPU that is the scores at one place of every window, and for others those at
+    one distance from each.
+    """
+
+    def by_place(x: jax.Array, kept: jax.Array | None) -> jax.Array:
+        rank, index = _ranks(x, kept, axis, window)
+        key = rank(lambda a: a, index)
+        above = jnp.zeros_like(key)
+        for j in range(window):
+            one = functools.partial(
+                lax.slice_in_dim, start_index=j, limit_index=j + 1, axis=axis + 1
+            )
+            above += (rank(one, j) + (j < index) > key).astype(jnp.int32)
+        return _join(above < window - n_drop, axis)
+
+    def by_distance(x: jax.Array, kept: jax.Array | None) -> jax.Array:
+        # A TPU splits off whole tiles for free, and windows at a price.
+        tiles = math.lcm(window, _TILE)
+        even = x.shape[axis] % (tiles * _shards(x, axis)) == 0
+        rank, index = _ranks(x, kept, axis, tiles if even else window)
+        key, place = rank(lambda a: a, index), index % window
+        above = jnp.zeros_like(key)
+        for k in range(1, window):
+            after, before = (
+                rank(functools.partial(_shifted, axis=axis + 1, by=by), index + by)
+                for by in (k, -k)
+            )
+            above += ((place + k < window) & (after > key)).astype(jnp.int32)
+            above += ((place >= k) & (before >= key)).astype(jnp.int32)
+        return _join(above < window - n_drop, axis)
+
+    mask: jax.Array = lax.platform_dependent(x, kept, cpu=by_place, default=by_distance)
+    return mask
+
+
+def _ranks(
+    x: jax.Array, kept: jax.Array | None, axis: int, size: int
+) -> tuple[Callable[[Callable[[jax.Array], jax.Array], Any], jax.Array], np.ndarray]:
+    """Splits an axis, and says how to rank what is taken from some place of it."""
+    x = _split_axis(x, axis, size)
+    index = np.arange(size, dtype=np.int32).reshape(size, *[1] * (x.ndim - axis - 2))
+    index = np.expand_dims(index, tuple(range(axis + 1)))
+    bits = None
+    if kept is not None:
+        # As numbers, since bools a TPU would first store in another layout.
+        kept = _split_axis(kept.astype(jnp.uint8), axis, size)
+    if kept is not None and size <= _BYTE:
+        # Of the neighbours, for masks to be updated in place.
+        bits = lax.reduce(
+            kept << index.astype(np.uint8), np.uint8(0), lax.add, (axis + 1,)
+        )
+        bits = jnp.expand_dims(bits, axis + 1).astype(jnp.int32)
+
+    def rank(take: Callable[[jax.Array], jax.Array], place: Any) -> jax.Array:
+        key = _rank_key(take(x))
+        if kept is None:
+            return key
+        alive = take(kept) if bits is None else bits >> place & 1
+        return jnp.where(alive > 0, key, _DROPPED)
+
+    return rank, index
+
+
+def _shifted(x: jax.Array, axis: int, by: int) -> jax.Array:
+    """What lies ``by`` places on along an axis, and zeros where nothing does."""
+    edges = [(0, 0, 0)] * x.ndim
+    edges[axis] = (-by, by, 0)
+    return lax.pad(x, np.zeros((), x.dtype), edges)
 
 
 def _by_parts(
@@ -235,14 +303,20 @@ def _within_devices(x: jax.Array, axis: int, size: int) -> jax.Array:
     names = sharding.spec[axis]
     if names is None or size == x.shape[axis]:
         return x
-    names = names if isinstance(names, tuple) else (names,)
-    shards = math.prod(sharding.mesh.shape[name] for name in names)
-    if x.shape[axis] % (shards * size) == 0:
+    if x.shape[axis] % (_shards(x, axis) * size) == 0:
         return x
     spec = list(sharding.spec)
     spec[axis] = None
     x = jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
     return x
+
+
+def _shards(x: jax.Array, axis: int) -> int:
+    """Into how many parts an explicit mesh cuts an axis."""
+    sharding = jax.typeof(x).sharding
+    names = sharding.spec[axis] or ()
+    names = names if isinstance(names, tuple) else (names,)
+    return math.prod(sharding.mesh.shape[name] for name in names)
 
 
 def _join(x: jax.Array, axis: int) -> jax.Array:
