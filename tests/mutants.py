@@ -29,7 +29,8 @@ _RANKING = (
 ROOMS = {  # what is changed, and the tests that should notice, quick ones first
     "selection.py": _RANKING,
     "counting.py": _RANKING,
-    "wide.py": ("tests/test_wide.py",),
+    "wide.py": ("tests/test_wide.py", "tests/test_allocation.py"),
+    "allocation.py": ("tests/test_allocation.py", *_RANKING),
     "masking.py": (
         "tests/test_prune.py",
         "tests/test_transform.py",
@@ -146,7 +147,8 @@ def notices(copy, room, timeout=None):
         "PYTHONPATH": str(copy),
         "PYTHONDONTWRITEBYTECODE": "1",
         "JAX_COMPILATION_CACHE_DIR": str(copy / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
     try:
         done = subprocess.run(
