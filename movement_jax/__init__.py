@@ -3,7 +3,6 @@
 from movement_jax import checkpoint, plot
 from movement_jax.agreement import Agreement, Disputed, TensorAgreement, agreement
 from movement_jax.allocation import Allocation, ErdosRenyi, Global, PerPath, Uniform
-from movement_jax.checkpoint import CheckpointError
 from movement_jax.counting import Tensor
 from movement_jax.criteria import (
     Criterion,
@@ -39,6 +38,7 @@ from movement_jax.selection import keep_top
 from movement_jax.sensitivity import Fisher, Sensitivity, SensitivityMoments
 from movement_jax.soft import SoftMovement, SoftScores
 from movement_jax.state import Events, MovementState, PruningConfig, Tracked, find_state
+from movement_jax.stepdirs import CheckpointError
 from movement_jax.structure import NM, Axis, Block, Unstructured
 from movement_jax.transform import movement_pruning
 

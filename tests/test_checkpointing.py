@@ -183,11 +183,11 @@ def test_a_save_that_silently_wrote_nothing_is_told(tmp_path, monkeypatch):
 
 
 def test_a_path_of_a_bucket_is_left_as_it_is_and_not_locked(tmp_path, monkeypatch):
-    from movement_jax import checkpoint
+    from movement_jax import stepdirs
 
     monkeypatch.chdir(tmp_path)  # stands in for the bucket
-    monkeypatch.setattr(checkpoint, "_in_bucket", lambda directory: True)
-    assert checkpoint._path("gs://bucket/run") == "gs://bucket/run"
+    monkeypatch.setattr(stepdirs, "_in_bucket", lambda directory: True)
+    assert stepdirs._path("gs://bucket/run") == "gs://bucket/run"
     path = str(tmp_path / "run")
     mj.checkpoint.save(path, 1, {"x": jnp.arange(3.0)})
     restored = mj.checkpoint.restore(path, like={"x": jnp.zeros(3)})

@@ -84,7 +84,7 @@ class Case:
             manifest = content["custom_metadata"]
             manifest.pop("seal")
             manifest = change(manifest) or manifest
-            content["custom_metadata"] = mj.checkpoint._sealed(manifest)
+            content["custom_metadata"] = mj.manifest._sealed(manifest)
 
         self.json(MANIFEST, sealed)
 

@@ -977,7 +977,7 @@ def test_whatever_a_stranger_seals_is_refused_or_harmless(tmp_path, record_prope
     for n in range(400):
         other = changed(manifest if n % 4 else whole, rng)
         if n % 4:
-            sealed = mj.checkpoint._sealed(other) if isinstance(other, dict) else other
+            sealed = mj.manifest._sealed(other) if isinstance(other, dict) else other
             other = {**whole, "custom_metadata": sealed}
         path.write_text(json.dumps(other))
         verdicts.append(refused(Ours, tmp_path, original))
@@ -992,7 +992,7 @@ def resealed(directory, **fields):
     content = json.loads(path.read_text())
     manifest = content["custom_metadata"] | fields
     manifest = {k: v for k, v in manifest.items() if k != "seal" and v is not None}
-    content["custom_metadata"] = mj.checkpoint._sealed(manifest)
+    content["custom_metadata"] = mj.manifest._sealed(manifest)
     path.write_text(json.dumps(content))
 
 
@@ -1113,7 +1113,7 @@ def test_F17_a_dtype_that_orbax_does_not_write_is_told_before(tmp_path, dtype):
 
 
 def test_a_save_that_fails_in_orbax_leaves_the_next_one_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(mj.checkpoint, "_is_written", lambda dtype: True)
+    monkeypatch.setattr(mj.manifest, "_is_written", lambda dtype: True)
     state = {f"x{n}": jnp.ones(100) for n in range(20)}
     for step in range(1, 9):
         with pytest.raises(CheckpointError, match="could not be saved to"):
