@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 Reduce = Literal["mean", "sum"]
 _SMALLEST_NORMAL = 0x00800000  # as bits of a float32
+_INFINITY = 0x7F800000
 _DROPPED = -(2**31)  # ranks below every score
 _LIMB = 31  # bits of an integer sum
 _LEAST_BITS = 32  # that a sum keeps of the largest member
@@ -215,29 +216,41 @@ def _by_parts(
 
 
 def _any(mask: jax.Array, block: tuple[int, ...]) -> jax.Array:
-    # Of bools, XLA for TPU would first store a copy in another layout.
-    number = mask.astype(jnp.float32)
-    (found,) = _fold(lambda a, b: (lax.max(*a, *b),), (number,), block)
-    return found > 0
+    def found(mask: jax.Array, dtype: Any) -> jax.Array:
+        (most,) = _fold(lambda a, b: (lax.max(*a, *b),), (mask.astype(dtype),), block)
+        return most.astype(jnp.bool_)
+
+    # Of bools, XLA for TPU would first store a copy in another layout, and for a CPU
+    # one of what they are converted to.
+    result: jax.Array = lax.platform_dependent(
+        mask,
+        cpu=functools.partial(found, dtype=jnp.bool_),
+        default=functools.partial(found, dtype=jnp.int32),
+    )
+    return result
 
 
 def _score(x: jax.Array, block: tuple[int, ...], reduce: Reduce) -> jax.Array:
     members = math.prod(block)
     if members == 1:
         return x
-    finite = jnp.isfinite(x)
-    real = jnp.where(finite & (jnp.abs(x) >= np.finfo(np.float32).tiny), x, 0)
-    top, special = _fold(  # of zeros, infinities and NaN the order is free
-        lambda a, b: (lax.max(a[0], b[0]), a[1] + b[1]),
-        (jnp.abs(real), jnp.where(finite, 0, x)),
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    size = bits & 0x7FFFFFFF
+    real = jnp.where((size >= _SMALLEST_NORMAL) & (size < _INFINITY), x, 0)
+    size = jnp.where(size < _SMALLEST_NORMAL, 0, size)
+    # As integers, since floats XLA for a CPU stores before it folds them.
+    above, below = _fold(
+        lambda a, b: (lax.max(a[0], b[0]), lax.max(a[1], b[1])),
+        (jnp.where(bits < 0, 0, size), jnp.where(bits < 0, size, 0)),
         block,
     )
-    exponent = jnp.maximum(lax.bitcast_convert_type(top, jnp.int32) >> 23, 1)
+    top = jnp.maximum(above, below)
+    exponent = (top >> 23).clip(1, 254)
 
-    bits = (members - 1).bit_length()
-    widths = [_LIMB - 2 - bits]  # members are below 4 in their unit
+    carry = (members - 1).bit_length()
+    widths = [_LIMB - 2 - carry]  # members are below 4 in their unit
     while sum(widths) < _LEAST_BITS:
-        widths.append(_LIMB - bits)
+        widths.append(_LIMB - carry)
     rest, limbs = real * _power_of_two(128 - spread(exponent, block, x)), []
     for width in widths:
         rest *= np.float32(2.0**width)
@@ -248,14 +261,17 @@ def _score(x: jax.Array, block: tuple[int, ...], reduce: Reduce) -> jax.Array:
         tuple(limb.astype(jnp.int32) for limb in limbs),
         block,
     )
-    total, unit = jnp.zeros_like(top), sum(widths)
+    total, unit = jnp.zeros(top.shape, jnp.float32), sum(widths)
     for limb, width in zip(reversed(sums), reversed(widths)):
         total += limb.astype(jnp.float32) * np.float32(2.0**-unit)
         unit -= width
     if reduce == "mean":
         total /= np.float32(members)
     # In two factors: the power of two of tiny scores has no place in float32.
-    return total * np.float32(0.5) * _power_of_two(exponent - 127) + special
+    total = total * np.float32(0.5) * _power_of_two(exponent - 127)
+    special = jnp.where(above < _INFINITY, -np.inf, np.inf)
+    mixed = (top > _INFINITY) | (jnp.minimum(above, below) == _INFINITY)
+    return jnp.where(top < _INFINITY, total, jnp.where(mixed, np.nan, special))
 
 
 def _fold(
@@ -354,5 +370,5 @@ def _rank_key(x: jax.Array) -> jax.Array:
     bits = lax.bitcast_convert_type(x, jnp.int32)
     size = bits & 0x7FFFFFFF
     size = jnp.where(size < _SMALLEST_NORMAL, 0, size)
-    highest = jnp.int32(0x7F800001)
+    highest = jnp.int32(_INFINITY + 1)
     return jnp.where(size >= highest, highest, jnp.where(bits < 0, -size, size))

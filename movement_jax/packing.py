@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 BITS = 32  # of a word
 
@@ -77,7 +78,11 @@ def _unpack(mask: Any) -> Any:
     words, axis = mask.words, mask.axis
     at = words.ndim + axis
     shape = words.shape[:at] + (words.shape[at] * BITS,) + words.shape[at + 1 :]
-    return ((jnp.expand_dims(words, at + 1) & _places(axis)) != 0).reshape(shape)
+    bits = (jnp.expand_dims(words, at + 1) & _places(axis)) != 0
+    # XLA for TPU would store a word for every bit, to look at them in the merged shape.
+    return lax.platform_dependent(
+        bits, tpu=lax.optimization_barrier, default=lambda x: x
+    ).reshape(shape)
 
 
 def _places(axis: int) -> np.ndarray:
