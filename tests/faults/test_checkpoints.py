@@ -312,7 +312,7 @@ def test_F1_F2_killed_processes_lose_nothing(subject):
         env=ENVIRONMENT,
         text=True,
         capture_output=True,
-        timeout=600,
+        timeout=1200,
     )
     lost = re.findall(r"processes killed .*: (\d+) lost", done.stdout)
     if len(lost) != 1 + ("--naive" in subject):
