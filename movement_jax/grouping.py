@@ -216,17 +216,21 @@ def _by_parts(
 
 
 def _any(mask: jax.Array, block: tuple[int, ...]) -> jax.Array:
-    def found(mask: jax.Array, dtype: Any) -> jax.Array:
-        (most,) = _fold(lambda a, b: (lax.max(*a, *b),), (mask.astype(dtype),), block)
-        return most.astype(jnp.bool_)
+    def of_bools(mask: jax.Array) -> jax.Array:
+        (found,) = _fold(lambda a, b: (lax.max(*a, *b),), (mask,), block)
+        return found
 
-    # Of bools, XLA for TPU would first store a copy in another layout, and for a CPU
-    # one of what they are converted to.
-    result: jax.Array = lax.platform_dependent(
-        mask,
-        cpu=functools.partial(found, dtype=jnp.bool_),
-        default=functools.partial(found, dtype=jnp.int32),
-    )
+    def of_numbers(mask: jax.Array) -> jax.Array:
+        number = mask.astype(jnp.int32)
+        most, total = _fold(
+            lambda a, b: (lax.max(a[0], b[0]), a[1] + b[1]), (number, number), block
+        )
+        return (most > 0) | (total > 0)
+
+    # For a CPU, XLA stores what bools are converted to; for a TPU it would store bools
+    # in another layout. On a GPU it would transpose on every step what is reduced along
+    # a middle axis, but not for two results at once.
+    result: jax.Array = lax.platform_dependent(mask, cpu=of_bools, default=of_numbers)
     return result
 
 

@@ -79,7 +79,13 @@ class Program:
         return [op for op in self.collectives() if op.nbytes >= LARGE]
 
     def copies_on_every_step(self) -> list[Operation]:
-        """Copies from main memory to main memory outside of loops."""
+        """Copies from main memory to main memory outside of loops.
+
+        Not those to and from a TPU's on-chip memory, ``S(1)`` in a type. What it takes
+        in so is read by an operation soon after, which then reads main memory no more,
+        AdamW alone has such. What goes through a loop in there is also written back,
+        on every step: of 163 leaves with 97 MB of masks one mask, 3.2 MB.
+        """
         return [
             op
             for op in self.operations
