@@ -109,7 +109,7 @@ def test_E6_copies_that_differ_are_not_saved(two):
     for report in two[0]:
         assert "2 of 4 arrays differ" in report["not saved"]
         assert "Step 1 was not saved to" in report["not saved"]
-        assert report["steps"] == []
+        assert report["saved_steps"] == []
 
 
 def test_two_processes_restore_what_they_saved(two):
@@ -353,7 +353,7 @@ def child(job):
             mj.checkpoint.save(f"{job['save']}_other", 1, {"copies": copies})
         except mj.CheckpointError as error:
             report["not saved"] = str(error)
-        report["steps"] = mj.checkpoint.steps(f"{job['save']}_other")
+        report["saved_steps"] = mj.checkpoint.steps(f"{job['save']}_other")
         like = mj.checkpoint.restore(f"{job['save']}_run", (params, state))
         report["restored"] = digests(*like)
     prune = jax.jit(mj.prune, out_shardings=out)
