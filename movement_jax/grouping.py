@@ -166,13 +166,14 @@ def _ranks(
     x: jax.Array, kept: jax.Array | None, axis: int, size: int
 ) -> tuple[Callable[[Callable[[jax.Array], jax.Array], Any], jax.Array], np.ndarray]:
     """Splits an axis, and says how to rank what is taken from some place of it."""
-    x = _split_axis(x, axis, size)
+    x = _together(_split_axis(x, axis, size), axis + 1)
     index = np.arange(size, dtype=np.int32).reshape(size, *[1] * (x.ndim - axis - 2))
     index = np.expand_dims(index, tuple(range(axis + 1)))
     bits = None
     if kept is not None:
         # As numbers, since bools a TPU would first store in another layout.
         kept = _split_axis(kept.astype(jnp.uint8), axis, size)
+        kept = _together(kept, axis + 1)
     if kept is not None and size <= _BYTE:
         # Of the neighbours, for masks to be updated in place.
         bits = lax.reduce(
@@ -216,11 +217,12 @@ def _by_parts(
 
 
 def _any(mask: jax.Array, block: tuple[int, ...]) -> jax.Array:
-    def of_bools(mask: jax.Array) -> jax.Array:
-        (found,) = _fold(lambda a, b: (lax.max(*a, *b),), (mask,), block)
-        return found
+    def of(dtype: Any, mask: jax.Array) -> jax.Array:
+        number = mask.astype(dtype)
+        (found,) = _fold(lambda a, b: (lax.max(*a, *b),), (number,), block)
+        return found.astype(jnp.bool_)
 
-    def of_numbers(mask: jax.Array) -> jax.Array:
+    def of_two(mask: jax.Array) -> jax.Array:
         number = mask.astype(jnp.int32)
         most, total = _fold(
             lambda a, b: (lax.max(a[0], b[0]), a[1] + b[1]), (number, number), block
@@ -230,7 +232,12 @@ def _any(mask: jax.Array, block: tuple[int, ...]) -> jax.Array:
     # For a CPU, XLA stores what bools are converted to; for a TPU it would store bools
     # in another layout. On a GPU it would transpose on every step what is reduced along
     # a middle axis, but not for two results at once.
-    result: jax.Array = lax.platform_dependent(mask, cpu=of_bools, default=of_numbers)
+    result: jax.Array = lax.platform_dependent(
+        mask,
+        cpu=functools.partial(of, jnp.bool_),
+        tpu=functools.partial(of, jnp.int32),
+        default=of_two,
+    )
     return result
 
 
@@ -324,6 +331,14 @@ def _within_devices(x: jax.Array, axis: int, size: int) -> jax.Array:
     if names is None or size == x.shape[axis]:
         return x
     if x.shape[axis] % (_shards(x, axis) * size) == 0:
+        return x
+    return _together(x, axis)
+
+
+def _together(x: jax.Array, axis: int) -> jax.Array:
+    """On an explicit mesh, an array of which one axis is not cut."""
+    sharding = jax.typeof(x).sharding
+    if sharding.spec[axis] is None:
         return x
     spec = list(sharding.spec)
     spec[axis] = None
