@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from movement_jax import counting
 from movement_jax import tree as _tree
 from movement_jax.agreement import masks_at
 from movement_jax.counting import Tensor
@@ -442,12 +443,10 @@ def _tracked(tree: Any) -> bool:
 
 
 def _lowest_density(tensor: Tensor, mask: jax.Array) -> float:
-    axes = tuple(range(tensor.leading, mask.ndim))
-    counts = jnp.sum(mask, axis=axes, dtype=jnp.int32)
-    if tensor.leading > tensor.stacked:  # slices of what is counted as one
-        rest = tuple(range(tensor.stacked, tensor.leading))
-        counts = jnp.sum(counts, axis=rest, dtype=jnp.float32)
-    return float(jnp.min(counts)) / math.prod(tensor.shape[tensor.stacked :])
+    stacks = math.prod(tensor.shape[: tensor.stacked])
+    counts = counting.count_kept([mask], [tensor]).reshape(stacks, -1)
+    fewest = jnp.min(counts.sum(1, dtype=jnp.float32))
+    return float(fewest) / math.prod(tensor.shape[tensor.stacked :])
 
 
 @functools.partial(jax.jit, static_argnames="lead")

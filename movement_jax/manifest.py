@@ -47,12 +47,15 @@ def check_savable(leaves: Mapping[str, Leaf]) -> None:
       ValueError: as :func:`movement_jax.checkpoint.save` says.
     """
     if not leaves:
-        raise ValueError("There is no array in the state: nothing to save.")
+        raise ValueError(
+            "There is no array in the state, and nothing to save. Give `save` a train "
+            "state, or `(params, opt_state)`."
+        )
     for name, leaf in leaves.items():
         if not _is_written(leaf.dtype):
             raise ValueError(
-                f"Leaf {name!r} is {leaf.dtype}, which Orbax does not write. Save "
-                "`x.astype` of another dtype."
+                f"Leaf {name!r} is {leaf.dtype}, which Orbax does not write. Save it "
+                "as another dtype, such as `x.astype('float32')`."
             )
         wide = _WIDE.get(leaf.dtype)
         if wide and not jax.config.read("jax_enable_x64"):
@@ -72,7 +75,8 @@ def check_savable(leaves: Mapping[str, Leaf]) -> None:
     if text > max(_JSON_BYTES, data // _JSON_PART):
         raise ValueError(
             f"The state is of {len(leaves)} leaves with hardly anything in them, which "
-            "`restore` would take for an attack. Stack them."
+            "`restore` would take for an attack. Put small ones together, with "
+            "`jnp.stack`, or leave them out."
         )
     written: dict[str, str] = {}
     for name in leaves:

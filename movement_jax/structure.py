@@ -332,26 +332,22 @@ def groups_of(own: Unstructured | Block | Axis, tensor: Tensor) -> Tensor:
 
 
 def ranked_groups(
-    structure: Structure | Rules | Units, tensors: list[Tensor]
+    structure: Structure | Rules | Units, tensors: list[Tensor], windows: bool = False
 ) -> list[Tensor]:
-    """The groups of all tensors whose groups are ranked: not of those in windows."""
+    """The groups of all tensors whose groups are ranked: not of those in windows.
+
+    With ``windows`` also one window of each of those, which is counted too.
+    """
     if isinstance(structure, Units):
         return structure.tensors
-    owns = [(structure_of(structure, tensor.name), tensor) for tensor in tensors]
-    return [groups_of(own, tensor) for own, tensor in owns if not isinstance(own, NM)]
-
-
-def counted_groups(
-    structure: Structure | Rules | Units, tensors: list[Tensor]
-) -> list[Tensor]:
-    """What an allocation may count: the same, and one of the windows of the others."""
-    if isinstance(structure, Units):
-        return structure.tensors
-    owns = [(structure_of(structure, tensor.name), tensor) for tensor in tensors]
-    return [
-        Tensor(tensor.name, (own.m,)) if isinstance(own, NM) else groups_of(own, tensor)
-        for own, tensor in owns
-    ]
+    found = []
+    for tensor in tensors:
+        own = structure_of(structure, tensor.name)
+        if not isinstance(own, NM):
+            found.append(groups_of(own, tensor))
+        elif windows:
+            found.append(Tensor(tensor.name, (own.m,)))
+    return found
 
 
 def _rule(rules: Rules, name: str) -> int | None:

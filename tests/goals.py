@@ -33,8 +33,6 @@ COMPILED_ONCE = (
 )
 PROPERTIES = [f"tests/test_{n}.py" for n in ("wide", "allocation", "selection")]
 PROPERTIES += ["tests/test_structure.py", "tests/faults/test_random_trees.py"]
-
-
 EXAMPLES = "6"  # times as many, which makes more than 20,000
 
 
