@@ -118,9 +118,6 @@ NAIVE_SURVIVES = {
     "D3": "a mask that comes last leaves exact zeros, and raises no alarm at all",
     "D6": "a weight minus itself is zero in every dtype",
     "F9": "Orbax finds that there is less to read than there should be",
-    "F12": "Orbax compares keys, shapes and names with what is asked for",
-    "F18": "Orbax restores to another mesh bit for bit",
-    "F19": "Orbax restores these dtypes bit for bit",
 }
 _NAME = re.compile(r"test_((?:[A-Z]\d+_)+)\w+")
 

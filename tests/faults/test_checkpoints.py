@@ -267,7 +267,7 @@ def test_F19_any_tree_of_arrays_is_saved_and_verified(tmp_path):
     assert list(mj.checkpoint.verify(tmp_path)) == [0]
 
 
-@alike(ours=Ours, naive=Orbax)
+@against(Files, "NumPy writes no keys, and most of these dtypes as bytes", TypeError)
 def test_F19_unusual_dtypes_come_back(tmp_path, subject):
     dtypes = ["bfloat16", "float8_e4m3fn", "float8_e5m2", "int4", "complex64", "bool"]
     state = {name: jnp.arange(4).astype(name) for name in dtypes}
@@ -549,7 +549,7 @@ def test_F11_missing_data_is_told(tmp_path, subject, saved):
     assert refused(subject, copy, saved[1]) is True
 
 
-@alike(ours=Ours, naive=Orbax)
+@against(Untargeted, "whatever is there comes back, and nothing is compared")
 def test_F12_what_does_not_fit_is_told(tmp_path, subject):
     x = {"a": np.ones((2, 2), "f"), "b": np.ones(3, "f")}
     subject.save(tmp_path, 3, x)
@@ -722,12 +722,12 @@ def test_F17_what_cannot_be_saved_is_told_by_name(tmp_path, subject, leaf, messa
 
 MESHES = [
     *((Ours, shape, mode) for shape in [(2, 4), (8, 1), (1, 1)] for mode in (0, 1)),
-    pytest.param(Orbax, (2, 4), 0, id="naive-2x4"),
-    pytest.param(Orbax, (8, 1), 0, id="naive-8x1"),
+    failing(Untargeted, (2, 4), 0, reason="on the mesh it was saved from"),
 ]
 
 
 @pytest.mark.parametrize("subject, shape, explicit", MESHES)
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_F18_other_meshes_get_the_same_bits(tmp_path, subject, shape, explicit):
     def put(shape, spec):
         kind = AxisType.Explicit if explicit else AxisType.Auto
@@ -743,6 +743,8 @@ def test_F18_other_meshes_get_the_same_bits(tmp_path, subject, shape, explicit):
     subject.save(tmp_path, 3, put((4, 2), ("x", "y"))(state))
     like = put(shape, ("y", "x"))(fresh(seed=1))
     restored = subject.restore(tmp_path, like)
+    meshes = [{x.sharding.mesh for x in jax.tree.leaves(t)} for t in (restored, like)]
+    assert meshes[0] == meshes[1]
     assert_same(restored, state)
     for old, new in zip(jax.tree.leaves(like), jax.tree.leaves(restored)):
         assert old.sharding == new.sharding
