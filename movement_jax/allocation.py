@@ -169,6 +169,7 @@ class Global:
             hint=None if hint is None else _highest(hint, group),
             each=each,
             group=group,
+            now=target.now,
         )
 
     def _group(self, tensors: Sequence[Tensor]) -> np.ndarray | None:

@@ -52,8 +52,7 @@ def on_schedule(
         return state, carried, updates
     fraction = criterion.exchange(state.step + 1)
     due = finite & (fraction > 0)
-    groups = _structure.ranked_groups(state.config.structure, tensors_of(state))
-    starts = counting.segment_starts(groups, state.step >> 31)
+    starts = masking.starts_of(state)
 
     memory, rebuild = jax.tree.flatten(state.inner_state)
     owners = _owners(state.inner_state, params, state.masks)

@@ -16,7 +16,7 @@ _NOISE_DECAY = 0.9  # for criteria that have no memory of their own
 def score_entering(
     state: MovementState, weights: Any, finite: jax.Array
 ) -> MovementState:
-    """Scores the weights as they enter a step, if those that leave it are not to be.
+    """Scores the weights as they enter a step, if the criterion does not look at all.
 
     Args:
       state: before its masks change in this step.
@@ -24,28 +24,54 @@ def score_entering(
       finite: whether the step is a good one. Shape ``()``, bool.
 
     Returns:
-      ``state`` with new scores at the first step and every ``score_every``-th, if the
-      criterion does not look at every step; and at every step, if something that
-      follows changes updates, so that the weights that leave it are not known.
+      ``state`` with new scores at the first step and every ``score_every``-th.
     """
-    criterion, every = state.config.criterion, score_every(state.config.criterion)
-    if not jax.tree.leaves(state.scores) or _needs_gradients(criterion):
+    every = score_every(state.config.criterion)
+    if every == 1:
         return state
-    if every > 1:
-        due = (state.step == 0) | ((state.step + 1) % every == 0)
-    else:
-        due = state.events.turned == TURNED
+    due = (state.step == 0) | ((state.step + 1) % every == 0)
+    return _score_entering(state, weights, finite & due)
+
+
+def score_turned(
+    state: MovementState, weights: Any, finite: jax.Array
+) -> MovementState:
+    """Scores the weights that enter a step if an optimizer follows.
+
+    The weights that leave it are not known then.
+
+    Args:
+      state: after its masks have changed in this step.
+      weights: params with holes like ``state.masks``.
+      finite: whether the step is a good one. Shape ``()``, bool.
+    """
+    criterion = state.config.criterion
+    if score_every(criterion) > 1 or _needs_gradients(criterion):
+        return state
+    # What is never negative comes out of the loop that changes masks, and `turned` out
+    # of this one, into the updates: loops in no order would have copies of what they
+    # read, for whichever comes last.
+    due = (state.events.turned == TURNED) & ~(state.events.alive < 0)
+    return _score_entering(state, weights, finite & due)
+
+
+def _score_entering(
+    state: MovementState, weights: Any, due: jax.Array
+) -> MovementState:
+    criterion = state.config.criterion
+    if not jax.tree.leaves(state.scores):
+        return state
 
     def update(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        _, old = carry
+        _, old, turned = carry
         new = criterion.update(old, params=weights, grads=None, new_params=weights)
-        return jnp.bool_(False), _accept(new, old, jnp.bool_(True))
+        new = _accept(new, old, jnp.bool_(True))
+        return jnp.bool_(False), new, jnp.maximum(turned, 0)  # as it was
 
     # Zero or one trips, as for masks: the other steps leave the scores where they are.
-    _, scores = lax.while_loop(
-        lambda carry: carry[0], update, (finite & due, state.scores)
-    )
-    return state._replace(scores=scores)
+    carry = (due, state.scores, state.events.turned)
+    _, scores, turned = lax.while_loop(lambda carry: carry[0], update, carry)
+    return state._replace(scores=scores, events=state.events._replace(turned=turned))
 
 
 def score(

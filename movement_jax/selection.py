@@ -8,7 +8,7 @@ devices, nothing the size of a tensor is stored, and nothing is flattened.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +95,20 @@ def keep_top(scores: jax.Array, n_keep: jax.typing.ArrayLike) -> jax.Array:
     return keep_masks([scores], [tensor], (scores.size - n_keep)[None])[0][0]
 
 
+class Cuts(NamedTuple):
+    """What is dropped of every segment. Shapes ``(1, segments)``, int32.
+
+    Attributes:
+      below: scores at or below this key are.
+      at: and those at or below this one,
+      first: if their flat index is at least this.
+    """
+
+    below: jax.Array
+    at: jax.Array
+    first: jax.Array
+
+
 def keep_masks(
     scores: Sequence[jax.Array],
     tensors: Sequence[Tensor],
@@ -113,25 +127,46 @@ def keep_masks(
         ``(segments,)``, int32.
       kept: masks so far; what they drop ranks below everything.
       hint: keys to search around first. Shape ``()`` or ``(segments,)``, int32.
-      starts: from :func:`segment_starts`, made outside of the loop this is called in.
+      starts: from :func:`movement_jax.counting.segment_starts`, made outside of the
+        loop this is called in.
 
     Returns:
       One bool mask per tensor, True where kept, and the keys of the thresholds.
     """
-    size = jnp.asarray(sizes(tensors), jnp.int32)
-    n_drop = jnp.asarray(n_drop, jnp.int32).clip(0, size)
-    hint = jnp.asarray(NO_KEY if hint is None else hint, jnp.int32)
+    n_drop = jnp.maximum(jnp.asarray(n_drop, jnp.int32), 0)
     if starts is None:
         starts = segment_starts(tensors, _zero(n_drop))
     ranked = Ranked(scores, kept, tensors, starts)
+    cuts = find_cuts(ranked, n_drop, hint)
+    return masks(ranked, *cuts), cuts.at[0]
 
+
+def find_cuts(
+    ranked: Ranked,
+    n_drop: jax.Array,
+    hint: jax.Array | None = None,
+    now: jax.typing.ArrayLike = True,
+) -> Cuts:
+    """Where the lowest scores of every segment end.
+
+    Args:
+      ranked: what is ranked.
+      n_drop: as for :func:`keep_masks`.
+      hint: as for :func:`keep_masks`.
+      now: False to read no score, and find nothing. Shape ``()``, bool.
+    """
+    size = jnp.asarray(sizes(ranked.tensors), jnp.int32)
+    n_drop = jnp.asarray(n_drop, jnp.int32).clip(0, size)
+    hint = jnp.asarray(NO_KEY if hint is None else hint, jnp.int32)
     row = (1, *n_drop.shape)
     n_drop, size = n_drop.reshape(row), size[None]
     nothing = n_drop <= 0
     lowest = jnp.full(row, NO_KEY, jnp.int32)
     key = _search(
         lambda tries: count(ranked, tries),
-        _Search(lowest, -lowest, jnp.zeros_like(n_drop), size, nothing),
+        _Search(
+            lowest, -lowest, jnp.zeros_like(n_drop), size, nothing | ~jnp.bool_(now)
+        ),
         _Each(n_drop),
         jnp.broadcast_to(hint, row),
     )
@@ -144,8 +179,8 @@ def keep_masks(
         candidates=_TIES,
     )
     at = jnp.where(nothing, NO_KEY, key.high)
-    cut = jnp.where(key.exact, 0, size - last.high)
-    return masks(ranked, jnp.minimum(key.low, at), at, cut), at.squeeze(0)
+    first = jnp.where(key.exact, 0, size - last.high)
+    return Cuts(jnp.minimum(key.low, at), at, first)
 
 
 def common_threshold(
@@ -158,6 +193,7 @@ def common_threshold(
     hint: jax.Array | None = None,
     each: np.ndarray | int = 1,
     group: np.ndarray | None = None,
+    now: jax.typing.ArrayLike = True,
 ) -> tuple[jax.Array, jax.Array]:
     """Splits one count over all segments by a threshold they share.
 
@@ -172,6 +208,7 @@ def common_threshold(
       each: what one score of each segment counts for in ``n_drop``.
       group: the number of the group that each segment belongs to, each of which has a
         count and a threshold of its own; None for one of all. Shape ``(segments,)``.
+      now: as for :func:`find_cuts`.
 
     Returns:
       How many each segment drops, shape ``(segments,)``, and the key of the threshold,
@@ -185,7 +222,9 @@ def common_threshold(
     lowest, goal = jnp.full(row, NO_KEY, jnp.int32), _Together(n_drop, group)
     found = _search(
         lambda tries: jnp.minimum(count(ranked, tries) * weigh, most),
-        _Search(lowest, -lowest, jnp.zeros_like(most), most, most < 0),
+        _Search(
+            lowest, -lowest, jnp.zeros_like(most), most, (most < 0) | ~jnp.bool_(now)
+        ),
         goal,
         jnp.asarray(NO_KEY if hint is None else hint, jnp.int32),
     )

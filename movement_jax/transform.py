@@ -250,6 +250,7 @@ def movement_pruning(
             state, carried, updates = exchange.on_schedule(
                 state, carried, updates, params, weights, grads, wrapped, finite, alive
             )
+            state = scoring.score_turned(state, weights, finite)
             updates = position.project(state, updates, params)
         else:
             updates = _keep(state.masks, updates)
