@@ -139,9 +139,9 @@ def distributions(n=20_000):
     }
 
 
-def test_a_search_ends_after_few_passes_whatever_the_scores_and_the_hint(
-    monkeypatch, capsys
-):
+@pytest.fixture
+def passes(monkeypatch):
+    """How often scores were read, in each of both searches."""
     passes = {"count": 0, "count_ties": 0}
 
     def counted(name):
@@ -155,7 +155,44 @@ def test_a_search_ends_after_few_passes_whatever_the_scores_and_the_hint(
 
     for name in passes:
         counted(name)
+    return passes
 
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"allocation": mj.Uniform()},
+        {"allocation": mj.Global(0.1)},
+        {"allocation": mj.Global(per="[ab]")},
+        {"allocation": mj.ErdosRenyi(), "structure": mj.Axis(0)},
+        {"allocation": mj.Global(), "criterion": mj.UpperConfidence()},
+    ],
+    ids=str,
+)
+def test_no_score_is_read_on_steps_that_do_not_prune(passes, options):
+    schedule = mj.cubic(0.8, begin=2, end=8, every=3)
+    tx = mj.movement_pruning(schedule, **options)
+    rng = np.random.default_rng(0)
+    params = {
+        name: {"kernel": jnp.asarray(rng.normal(size=(24, 3)), jnp.float32)}
+        for name in "ab"
+    }
+    state, update, read = tx.init(params), jax.jit(tx.update), []
+    for step in range(12):
+        grads = jax.tree.map(lambda w: -0.1 * w, params)
+        if step == 10:
+            grads = jax.tree.map(lambda g: g * jnp.nan, grads)
+        before = sum(passes.values())
+        _, state = update(grads, state, params)
+        jax.effects_barrier()
+        read += [step + 1] if sum(passes.values()) > before else []
+    assert read == [5, 8]  # at 2 it begins with nothing
+    assert abs(float(mj.sparsity_of((params, state))) - 0.8) < 0.05
+
+
+def test_a_search_ends_after_few_passes_whatever_the_scores_and_the_hint(
+    passes, capsys
+):
     @jax.jit
     def drop(scores, n_drop, hint):
         tensors = [Tensor("scores", scores.shape)]
