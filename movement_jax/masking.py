@@ -21,14 +21,17 @@ from movement_jax import (
 )
 from movement_jax import structure as _structure
 from movement_jax.counting import Ranked, Tensor
-from movement_jax.criteria import Magnitude
+from movement_jax.criteria import EmaMagnitude, Magnitude, Movement, Taylor
+from movement_jax.dynamics import PeakMagnitude
 from movement_jax.state import MovementState, PruningConfig, scores_of, tensors_of
 from movement_jax.structure import NM, Unstructured
 from movement_jax.units import Units
 
 _ROUNDING = 1e-6  # of a third, written down
-# Allocations that read scores in searches only, or not at all.
-_READ_NOTHING = (
+# Criteria whose scores are arrays that they store, and allocations that read scores in
+# searches only, or not at all.
+_STORED = (EmaMagnitude, Magnitude, PeakMagnitude, Taylor, Movement)
+_SEARCHING = (
     _allocation.Uniform,
     _allocation.Global,
     _allocation.ErdosRenyi,
@@ -80,25 +83,26 @@ def on_schedule(
     changes = finite & due & scored
     if not regrow:
         changes &= ~(asked <= state.sparsity)
+    now = changes & valid
 
     starts = starts_of(state)
-    # Searches are loops of no trip if masks do not change, where they can be. In a loop
-    # around them XLA for TPU would have its own layout of all that they read, and copy
-    # it on every step.
-    cuts = None
-    if not unknown and not packing.has_packed(carried):
-        cuts = _cuts_ahead(state, weights, target._replace(now=changes & valid), starts)
+    found = None
+    if not unknown and not packing.has_packed(carried):  # which searches would unpack
+        found = _cuts_ahead(state, weights, target._replace(now=now), starts)
 
     def change(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         _, carried, thresholds, churn, alive = carry
         masks = packing.unpack(carried)
         before = state._replace(masks=masks, thresholds=thresholds)
-        new, thresholds = change_masks(before, weights, target, starts, cuts)
+        if found is None:
+            new, thresholds = change_masks(before, weights, target, starts)
+        else:
+            new, thresholds = _cut(before, *found)
         if seen_alive is None:
             churn = churn_of(masks, new, state.config.axis_name)
         else:
-            now = position.total(new, weights, state.config.axis_name)
-            alive = position.after_change(alive, seen_alive, now)
+            total = position.total(new, weights, state.config.axis_name)
+            alive = position.after_change(alive, seen_alive, total)
         new = packing.like(carried, new)
         return jnp.bool_(False), new, thresholds, churn, alive
 
@@ -106,23 +110,71 @@ def on_schedule(
     # prune touch neither masks nor scores. A conditional copies both.
     carry = (carried, state.thresholds, state.events.churn, state.events.alive)
     _, carried, thresholds, churn, alive = lax.while_loop(
-        lambda carry: carry[0], change, (changes & valid, *carry)
+        lambda carry: carry[0], change, (now, *carry)
     )
     masks = packing.unpack(carried)
-    done = (changes & valid).astype(jnp.int32)
     events = state.events._replace(
         refused=state.events.refused + (changes & ~valid).astype(jnp.int32),
-        changes=state.events.changes + done,
+        changes=state.events.changes + now.astype(jnp.int32),
         churn=churn,
         alive=alive,
     )
     if unknown:
         asked = _dropped_fraction(masks, state.config.axis_name)
-    reached = jnp.where(changes & valid, asked, state.sparsity)
+    reached = jnp.where(now, asked, state.sparsity)
     state = state._replace(
         masks=masks, thresholds=thresholds, sparsity=reached, events=events
     )
     return state, carried
+
+
+def starts_of(state: MovementState) -> tuple[jax.Array, ...]:
+    """Where the groups of every tensor start: see :func:`counting.segment_starts`."""
+    groups = _structure.ranked_groups(state.config.structure, tensors_of(state))
+    return counting.segment_starts(groups, state.step >> 31)
+
+
+def _cuts_ahead(
+    state: MovementState,
+    weights: Any,
+    target: schedules.Target,
+    starts: Sequence[jax.Array],
+) -> tuple[Ranked, selection.Cuts] | None:
+    """What is ranked, and where it is cut, by loops of no trip if masks do not change.
+
+    In a loop around them XLA for TPU would have its own layout of all that they read,
+    and copy it on every step. None if that must be: what they read is only made then,
+    or much is computed beside them.
+    """
+    config = state.config
+    if (
+        config.structure != Unstructured()
+        or type(config.criterion) not in _STORED
+        or type(config.allocation) not in _SEARCHING
+        or getattr(config.allocation, "per", None) is not None
+        or not jax.tree.leaves(state.masks)
+    ):
+        return None
+    absolute = type(config.criterion) is Magnitude
+    scores = jax.tree.leaves(weights if absolute else scores_of(state, weights))
+    kept = None if config.regrow else jax.tree.leaves(state.masks)
+    tensors = [dataclasses.replace(t, absolute=absolute) for t in tensors_of(state)]
+    n_drop, hint = _n_drop(scores, tensors, state, target, kept, starts)
+    ranked = Ranked(scores, kept, tensors, starts)
+    return ranked, selection.find_cuts(ranked, n_drop, hint, target.now)
+
+
+def _cut(
+    state: MovementState, ranked: Ranked, cuts: selection.Cuts
+) -> tuple[Any, jax.Array]:
+    """As :func:`change_masks`, from what was found ahead."""
+    structure: Any = jax.tree.structure(state.masks)
+    old = jax.tree.leaves(state.masks)
+    kept = None if state.config.regrow else old
+    new = counting.masks(ranked._replace(kept=kept), *cuts)
+    if kept is not None:
+        new = [a & b for a, b in zip(new, kept)]
+    return structure.unflatten(new), cuts.at[0]
 
 
 def change_masks(
@@ -130,7 +182,6 @@ def change_masks(
     weights: Any,
     target: schedules.Target,
     starts: Sequence[jax.Array] | None = None,
-    cuts: selection.Cuts | None = None,
 ) -> tuple[Any, jax.Array]:
     """Masks at the given sparsity, from the scores in ``state``.
 
@@ -139,51 +190,15 @@ def change_masks(
       weights: params with holes like ``state.masks``.
       target: fraction to drop, and how far a schedule has come.
       starts: as for :func:`movement_jax.selection.keep_masks`.
-      cuts: where scores are cut, if that was found already.
 
     Returns:
       New masks and thresholds, like those of ``state``.
     """
     kept = None if state.config.regrow else state.masks
-    scores, absolute = _ranked_by(state, weights)
-    return masks_from(scores, state, target, kept, starts, absolute, cuts)
-
-
-def starts_of(state: MovementState) -> tuple[jax.Array, ...]:
-    """First segment of every tensor, as :func:`counting.segment_starts` has them."""
-    groups = _structure.ranked_groups(state.config.structure, tensors_of(state))
-    return counting.segment_starts(groups, state.step >> 31)
-
-
-def _ranked_by(state: MovementState, weights: Any) -> tuple[Any, bool]:
-    """What weights are ranked by, and whether its magnitude counts."""
     if type(state.config.criterion) is Magnitude:
-        return weights, True
-    return scores_of(state, weights), False
-
-
-def _cuts_ahead(
-    state: MovementState,
-    weights: Any,
-    target: schedules.Target,
-    starts: Sequence[jax.Array],
-) -> selection.Cuts | None:
-    """Where scores are cut; None if that needs what is only made when masks change."""
-    config, tensors = state.config, tensors_of(state)
-    structure: Any = jax.tree.structure(state.masks)
-    scores, absolute = _ranked_by(state, weights)
-    leaves = structure.flatten_up_to(scores)
-    stored = {id(x) for x in jax.tree.leaves((state.scores, weights))}
-    if (
-        config.structure != Unstructured()
-        or type(config.allocation) not in _READ_NOTHING
-        or not all(id(x) in stored for x in leaves)
-        or not leaves
-    ):
-        return None
-    kept = None if config.regrow else jax.tree.leaves(state.masks)
-    tensors = [dataclasses.replace(t, absolute=absolute) for t in tensors]
-    return _cuts(Ranked(leaves, kept, tensors, starts), state, target)
+        return masks_from(weights, state, target, kept, starts, absolute=True)
+    scores = scores_of(state, weights)
+    return masks_from(scores, state, target, kept, starts)
 
 
 def masks_from(
@@ -193,7 +208,6 @@ def masks_from(
     kept: Any = None,
     starts: Sequence[jax.Array] | None = None,
     absolute: bool = False,
-    cuts: selection.Cuts | None = None,
 ) -> tuple[Any, jax.Array]:
     """Masks of the highest of any scores, spread as ``state`` is configured to.
 
@@ -205,18 +219,16 @@ def masks_from(
       kept: masks that may only shrink, or None.
       starts: as for :func:`movement_jax.selection.keep_masks`.
       absolute: whether the magnitude of ``scores`` counts, which is not stored then.
-      cuts: as for :func:`change_masks`.
 
     Returns:
       New masks and thresholds, like those of ``state``.
     """
     if not jax.tree.leaves(state.masks):
         return state.masks, state.thresholds
-    starts = starts_of(state) if starts is None else starts
     structure: Any = jax.tree.structure(state.masks)
     leaves = structure.flatten_up_to(scores)
     old = None if kept is None else structure.flatten_up_to(kept)
-    new, thresholds = _masks_from(leaves, state, target, old, starts, absolute, cuts)
+    new, thresholds = _masks_from(leaves, state, target, old, starts, absolute)
     if old is not None:
         new = [a & b for a, b in zip(new, old)]
     return structure.unflatten(new), thresholds
@@ -227,9 +239,8 @@ def _masks_from(
     state: MovementState,
     target: schedules.Target,
     kept: list[jax.Array] | None,
-    starts: Sequence[jax.Array],
+    starts: Sequence[jax.Array] | None,
     absolute: bool,
-    cuts: selection.Cuts | None,
 ) -> tuple[list[jax.Array], jax.Array]:
     """Windows by themselves; all else as groups, ranked by the allocation's counts."""
     config, structure, masks = state.config, state.config.structure, {}
@@ -259,9 +270,7 @@ def _masks_from(
             alive.append(grouping.group_any(old, block))
     thresholds = state.thresholds
     if ranked:
-        tops, thresholds = _tops(
-            Ranked(worth, alive, groups, starts), state, target, cuts
-        )
+        tops, thresholds = _tops(worth, groups, state, target, alive, starts)
         for (i, block), top in zip(ranked, tops):
             masks[i] = grouping.spread(top, block, scores[i])
     return [masks[i] for i in range(len(scores))], thresholds
@@ -272,7 +281,7 @@ def _masks_of_units(
     state: MovementState,
     target: schedules.Target,
     kept: list[jax.Array] | None,
-    starts: Sequence[jax.Array],
+    starts: Sequence[jax.Array] | None,
     absolute: bool,
 ) -> tuple[list[jax.Array], jax.Array]:
     """Units of several tensors, ranked like the entries of one tensor per group."""
@@ -283,41 +292,48 @@ def _masks_of_units(
     alive = None if kept is None else units.alive(dict(zip(names, kept)))
     leaves = dict(zip(names, scores))
     worth = units.scores(leaves)
-    ranked = Ranked(worth, alive, units.tensors, starts)
-    tops, thresholds = _tops(ranked, state, target)
+    tops, thresholds = _tops(worth, units.tensors, state, target, alive, starts)
     masks = units.masks(tops, leaves)
     return [masks[name] for name in names], thresholds
 
 
 def _tops(
-    ranked: Ranked,
+    worth: list[jax.Array],
+    groups: list[Tensor],
     state: MovementState,
     target: schedules.Target,
-    cuts: selection.Cuts | None = None,
+    alive: list[jax.Array] | None,
+    starts: Sequence[jax.Array] | None,
 ) -> tuple[list[jax.Array], jax.Array]:
     """Which groups of each tensor stay, and the new thresholds."""
-    cuts = _cuts(ranked, state, target) if cuts is None else cuts
-    return counting.masks(ranked, *cuts), cuts.at[0]
+    n_drop, hint = _n_drop(worth, groups, state, target, alive, starts)
+    return selection.keep_masks(
+        worth, groups, n_drop, kept=alive, hint=hint, starts=starts
+    )
 
 
-def _cuts(
-    ranked: Ranked, state: MovementState, target: schedules.Target
-) -> selection.Cuts:
-    """Where each tensor is cut, by the counts of the allocation."""
+def _n_drop(
+    worth: list[jax.Array],
+    groups: list[Tensor],
+    state: MovementState,
+    target: schedules.Target,
+    alive: list[jax.Array] | None,
+    starts: Sequence[jax.Array] | None,
+) -> tuple[jax.Array, jax.Array]:
+    """How many groups of each tensor go, and keys to search around first."""
     allocation, thresholds = state.config.allocation, state.thresholds
-    scores, kept, groups, starts = ranked
     common: jax.Array | None
     if target.sparsity is None:
+        assert starts is not None  # on a schedule only is it not known
         n_drop, common = threshold.drop_at_zero(
-            allocation, groups, scores, kept, starts
+            allocation, groups, worth, alive, starts
         )
     else:
         if target.shared:
             allocation = _allocation.Global(getattr(allocation, "min_keep", 0))
             allocation.check(groups)
-        n_drop, common = allocation.n_drop(target, groups, scores, kept, thresholds)
-    hint = thresholds if common is None else common
-    return selection.find_cuts(ranked, n_drop, hint, target.now)
+        n_drop, common = allocation.n_drop(target, groups, worth, alive, thresholds)
+    return n_drop, thresholds if common is None else common
 
 
 def check_reach(

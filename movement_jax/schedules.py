@@ -23,7 +23,7 @@ class Target(NamedTuple):
         are exact where those of a float32 are not; None if there is no end.
       progress: how far the schedule has come towards ``final``, in [0, 1].
       shared: one threshold for all tensors; of the allocation only ``min_keep`` holds.
-      now: whether the counts are used: scores need not be read for those that are not.
+      now: whether the counts are used: `Global` reads no scores for those that are not.
     """
 
     sparsity: Any

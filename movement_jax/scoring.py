@@ -16,7 +16,7 @@ _NOISE_DECAY = 0.9  # for criteria that have no memory of their own
 def score_entering(
     state: MovementState, weights: Any, finite: jax.Array
 ) -> MovementState:
-    """Scores the weights as they enter a step, if the criterion does not look at all.
+    """Scores the weights as they enter a step, if not at every step.
 
     Args:
       state: before its masks change in this step.
@@ -38,7 +38,8 @@ def score_turned(
 ) -> MovementState:
     """Scores the weights that enter a step if an optimizer follows.
 
-    The weights that leave it are not known then.
+    The weights that leave it are not known then. Masks are ranked by scores of the
+    weights that entered the step before.
 
     Args:
       state: after its masks have changed in this step.
