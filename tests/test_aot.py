@@ -307,7 +307,10 @@ def test_a_billion_params_on_four_devices(target, program):
         return
     plain, plain_state = build(optax.adamw(1e-3))
     assert state - plain_state < 5.01 * models.count(params)
-    assert pruned.temp - plain.temp < 0.01 * per_device + copied
+    assert pruned.live - plain.live < 0.001 * per_device
+    # The same large arrays, which XLA for a GPU packs with gaps of up to 2 % of them.
+    gaps = 0.02 * plain.temp if target.kind == "h200" else 0
+    assert pruned.temp - plain.temp < 0.01 * per_device + copied + gaps
     assert pruned.ops["sort"] == plain.ops["sort"]
     assert sent(pruned) - sent(plain) < 256 * segments
 

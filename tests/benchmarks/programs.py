@@ -48,6 +48,9 @@ class Program:
         self.temp = memory.temp_size_in_bytes
         self.alias = memory.alias_size_in_bytes
         self.arguments = memory.argument_size_in_bytes
+        # What it needs at once beside them, on a TPU its fast memory included; `temp` is
+        # that as XLA packs it, with gaps.
+        self.live = memory.peak_memory_in_bytes - self.arguments
         self.returned = memory.output_size_in_bytes
         self.operations = _operations(self.text)
         self.ops = collections.Counter(op.name for op in self.operations)
@@ -55,7 +58,7 @@ class Program:
     def __str__(self) -> str:
         telling = {n: self.ops[n] for n in SHOWN if self.ops[n]}
         return (
-            f"{telling}, {self.temp} bytes temporary, "
+            f"{telling}, {self.temp} bytes temporary, {self.live} at once, "
             f"{self.alias} of {self.returned} returned bytes in place"
         )
 
