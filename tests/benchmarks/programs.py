@@ -48,8 +48,8 @@ class Program:
         self.temp = memory.temp_size_in_bytes
         self.alias = memory.alias_size_in_bytes
         self.arguments = memory.argument_size_in_bytes
-        # What it needs at once beside them, on a TPU its fast memory included; `temp` is
-        # that as XLA packs it, with gaps.
+        # What it needs beside them at once, with fast memory on a TPU; `temp` is that
+        # as XLA packs it, with gaps.
         self.live = memory.peak_memory_in_bytes - self.arguments
         self.returned = memory.output_size_in_bytes
         self.operations = _operations(self.text)
