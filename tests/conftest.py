@@ -1,6 +1,7 @@
 """Settings every test shares; they must be made before JAX is imported."""
 
 import collections
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -10,9 +11,15 @@ from budget import SCALE
 from hypothesis import settings
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-_EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_EIGHT_DEVICES}"
+_FLAGS = {"xla_force_host_platform_device_count": 8}
+if not importlib.metadata.version("jaxlib").startswith(("0.7.", "0.8.", "0.9.")):
+    # Where more devices than cores share a busy machine, one may wait for another for
+    # longer than the 40 s after which XLA ends the process.
+    _FLAGS["xla_cpu_collective_call_terminate_timeout_seconds"] = 600
+for _name, _value in _FLAGS.items():
+    if _name not in os.environ.get("XLA_FLAGS", ""):
+        _known = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{_known} --{_name}={_value}"
 
 # Compilation makes first examples slow, and a seed makes failures repeatable. Where
 # there is time for many examples they are others each time, and what fails is printed

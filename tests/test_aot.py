@@ -244,14 +244,40 @@ CRITERIA = {
         "inner": optax.adamw(1e-3),
         "check_finite": True,
     },
+    "Movement": {
+        "criterion": mj.Movement(),
+        "inner": optax.adamw(1e-3),
+        "check_finite": True,
+    },
     "Global": {"allocation": mj.Global()},
     "ErdosRenyi": {"allocation": mj.ErdosRenyi()},
 }
 
 
-@on(ONE + FOUR)
+USUAL = ["EmaMagnitude", "Global"]
+OTHERS = sorted(CRITERIA.keys() - set(USUAL))
+
+
+@on(ONE)
 @pytest.mark.parametrize("form", CRITERIA)
 def test_in_no_shape_are_kernels_copied(target, form):
+    check_odd(target, form)
+
+
+@on(FOUR)
+@pytest.mark.parametrize("form", USUAL)
+def test_on_four_devices_neither(target, form):
+    check_odd(target, form)
+
+
+@pytest.mark.nightly
+@on(FOUR)
+@pytest.mark.parametrize("form", OTHERS)
+def test_on_four_devices_neither_for_others(target, form):
+    check_odd(target, form)
+
+
+def check_odd(target, form):
     options = {"stacked": None, "check_finite": False, **CRITERIA[form]}
     tx = pruned_adamw(**options)
     program = compiled(update(tx), tx, target, target.mesh(), shapes=ODD)

@@ -104,6 +104,7 @@ def test_transformer_lm_shows_both_failures_and_none_at_the_end(tiny):
     assert "movement" in warnings["learning rate ÷ 100"]
 
 
+@pytest.mark.nightly
 def test_transformer_lm_shards_its_large_preset_over_eight_devices(tmp_path):
     small = "--width 64 --layers 1 --length 16 --batch 8 --steps 20 --recovery 4"
     done = run(tmp_path, "--preset", "tpu", *small.split(), devices=8)

@@ -438,7 +438,7 @@ def test_sentences_longer_than_the_model_has_places_are_refused(tiny, minilm):
         minilm[0].MiniLM(tiny[0], length=PLACES + 1)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_killed_while_its_model_is_written_goes_on(
     tiny, minilm, training, monkeypatch, tmp_path, capsys
 ):

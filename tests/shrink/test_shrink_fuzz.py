@@ -11,7 +11,7 @@ from movement_jax import shrink
 
 BATCH, LENGTH = 2, 4
 # Where many more examples are asked for than in a usual run.
-QUICK, MORE = 150, 2000 if SCALE >= 100 else 300
+QUICK, MORE = 75, 2000 if SCALE >= 100 else 300
 
 
 @pytest.fixture(autouse=True)
