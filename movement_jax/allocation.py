@@ -395,8 +395,7 @@ def _traced_drop_count(sparsity: jax.Array, sizes: np.ndarray) -> jax.Array:
     if sparsity.dtype == jnp.float64:
         return jnp.round(sparsity * sizes).astype(jnp.int32)
     low, middle, _ = _rounded_product(sparsity, sizes)
-    count = (low + (middle << 16)).astype(jnp.int32)
-    return jnp.where(sparsity >= 1, sizes.astype(np.int32), count)
+    return (low + (middle << 16)).astype(jnp.int32)
 
 
 def _traced_total(sparsity: jax.Array, sizes: np.ndarray) -> Wide:
@@ -406,9 +405,7 @@ def _traced_total(sparsity: jax.Array, sizes: np.ndarray) -> Wide:
         return Wide(*(part.astype(jnp.int32) for part in parts))
     digits = _rounded_product(sparsity, sizes)
     low, middle, high = (digit.astype(jnp.int32) for digit in digits)
-    part, whole = Wide(middle + (high << 16), low), wide.from_int(sizes)
-    total: Wide = jax.tree.map(lambda a, b: jnp.where(sparsity >= 1, a, b), whole, part)
-    return total
+    return Wide(middle + (high << 16), low)
 
 
 def _rounded_product(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import movement_jax as mj
 from movement_jax import selection
-from movement_jax.allocation import drop_count
+from movement_jax.allocation import drop_count, most_dropped
 from movement_jax.counting import Tensor
 from movement_jax.schedules import Target
 
@@ -72,6 +72,10 @@ def test_the_end_of_a_schedule_counts_with_the_exact_final_sparsity():
     assert count(10).tolist() == [900_000_006]
     nine_tenths = Fraction(float(np.float32(0.9)))
     assert round(nine_tenths * 1_000_000_007) != 900_000_006  # float32 is off by 17
+
+
+def test_an_allocation_of_ones_own_without_a_floor_may_empty_a_tensor():
+    assert most_dropped(np.array([5, 1]), object()).tolist() == [5, 1]
 
 
 def test_halves_are_rounded_to_even():

@@ -22,3 +22,11 @@ def test_a_mutant_leaves_the_tree_as_it_was():
     assert first.source() != before
     assert "->" in str(first)
     assert ast.unparse(first.tree) == before
+
+
+def test_what_is_not_tried_would_be_a_change(monkeypatch):
+    left_out = mutants.SAME
+    monkeypatch.setattr(mutants, "SAME", set())
+    rooms = {room for room, _ in left_out}
+    tried = {(room, m.line()) for room in rooms for m in mutants.mutants(room)}
+    assert left_out and left_out <= tried

@@ -84,6 +84,13 @@ def test_a_tensor_without_a_fitting_axis_stays_as_it_is():
     assert not packing.has_packed(packing.pack(masks))
 
 
+@pytest.mark.parametrize(
+    "shape, axis", [((64, 32), -2), ((32, 64, 5), -2), ((7, 32), -1), ((64, 9, 3), -3)]
+)
+def test_the_last_axis_of_all_is_packed_only_if_no_other_fits(shape, axis):
+    assert packing.pack(jnp.ones(shape, bool)).axis == axis
+
+
 def test_only_masks_take_less():
     params, plain = train(pruning(False), steps=1)
     _, packed = train(pruning(True), steps=1)

@@ -102,6 +102,18 @@ def test_slices_of_a_stack_are_ranked_separately(scores, n_drop):
         np.testing.assert_array_equal(got, want.reshape(scores.shape))
 
 
+@pytest.mark.parametrize("n", [3, 7])
+def test_an_interval_is_cut_into_parts_that_are_as_equal_as_can_be(n):
+    for width in [*range(2, 300), 10**6 + 1, 2 * TOP_KEY]:
+        low = jnp.int32(NO_KEY)
+        high = jax.lax.bitcast_convert_type(np.uint32(width), jnp.int32) + low
+        inside = np.asarray(counting.split(low, high, n)).ravel().astype(np.int64)
+        edges = np.array([NO_KEY, *inside, NO_KEY + width])
+        assert inside.min() > NO_KEY and inside.max() < NO_KEY + width
+        assert np.diff(edges).min() >= 0
+        assert np.diff(edges).max() <= -(-width // (n + 1))
+
+
 @settings(max_examples=examples(400))
 @given(
     score_arrays([(64,), (5, 6)]),

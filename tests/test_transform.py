@@ -293,6 +293,24 @@ def test_a_criterion_of_ones_own_works_with_schedule_allocation_and_prune():
     assert sum(int(m.sum()) for m in masks_of(opt_state)) == 54 - 40
 
 
+@dataclasses.dataclass(frozen=True)
+class Unsaid:
+    """A criterion that does not say whether it accumulates, so it does."""
+
+    level = 0.5
+    init, update, scores = Longest.init, Longest.update, Longest.scores
+
+
+def test_a_criterion_that_does_not_say_otherwise_is_not_asked_before_it_has_scored():
+    tx = mj.movement_pruning(0.5, Unsaid(), prunable="kernel")
+    step, _ = training_step(tx)
+    params, opt_state, reached = PARAMS, tx.init(PARAMS), []
+    for t in range(3):
+        params, opt_state = step(params, opt_state, noise(t))
+        reached.append(float(mj.find_state(opt_state).sparsity))
+    assert reached == [0, 0.5, 0.5]
+
+
 class Unhashable:
     scores = n_drop = init = update = check = None
     __hash__ = None

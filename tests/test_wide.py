@@ -40,6 +40,8 @@ def test_sums_carry(numbers):
     assert value(wide.total(array)) == sum(numbers)
     after = [sum(numbers[i + 1 :]) for i in range(len(numbers))]
     np.testing.assert_array_equal(value(wide.sums_after(array)), after)
+    before = [sum(numbers[:i]) for i in range(len(numbers))]
+    np.testing.assert_array_equal(value(wide.sums_before(array)), before)
 
 
 @pytest.mark.parametrize("n", [2**15 - 1, 2**15, 2**15 + 1, 100_003])
@@ -121,6 +123,20 @@ def test_a_share_of_a_large_total_is_rounded_exactly(size, sparsity):
     if wide.BITS == 16:
         traced = drop_total(Target(jnp.float32(sparsity)), size)
         assert value(traced) == round(Fraction(exact) * size)
+    jax.config.update("jax_enable_x64", True)
+    try:
+        traced = drop_total(Target(jnp.float64(sparsity)), size)
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    assert value(traced) == round(sparsity * size)
+
+
+def test_the_end_of_a_schedule_counts_a_total_with_the_exact_final_sparsity():
+    if wide.BITS != 16:
+        return
+    schedule = mj.cubic(0.9, begin=0, end=10)
+    total = jax.jit(lambda step: drop_total(schedule.target(step), 10**9 + 7))
+    assert value(total(10)) == 900_000_006  # a float32 is off by 17
 
 
 def test_what_changes_in_a_large_tensor_is_told_right(monkeypatch):
