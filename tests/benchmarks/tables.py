@@ -30,6 +30,6 @@ def number(value: float) -> str:
 def size(count: float) -> str:
     """``12M``, ``1.5B``."""
     for letter, unit in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= unit:
+        if count >= 0.9995 * unit:  # which three digits round to 1
             return f"{count / unit:.3g}{letter}"
     return str(int(count))
