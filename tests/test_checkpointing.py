@@ -1,4 +1,5 @@
 import os
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from flax.training.train_state import TrainState
 from orbax.checkpoint import v1 as ocp1
 
 import movement_jax as mj
+from movement_jax import checkpoint, stepdirs
 
 INPUTS = np.random.default_rng(0).standard_normal((16, 4)).astype(np.float32)
 
@@ -207,3 +209,20 @@ def test_leaves_of_one_path_have_no_fingerprint():
     twice = {"a/b": jnp.ones(2), "a": {"b": jnp.zeros(2)}, "c": jnp.ones(1)}
     with pytest.raises(ValueError, match="Two leaves have the same path.*a/b"):
         mj.fingerprint(twice)
+
+
+def test_after_a_failed_save_the_first_process_cleans_up(monkeypatch, tmp_path):
+    left = tmp_path / "7.orbax-checkpoint-tmp"
+    left.mkdir()
+    running = set(threading.enumerate())
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert checkpoint._cleaned_up(tmp_path, running) == "There is no good step."
+    assert left.exists()
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    checkpoint._cleaned_up(tmp_path, running)
+    assert not left.exists()
+
+
+def test_in_a_bucket_orbax_cleans_up(monkeypatch):
+    monkeypatch.setattr(os, "listdir", lambda path: pytest.fail("it was looked into"))
+    stepdirs.clean("gs://nobody/nothing")
