@@ -47,12 +47,14 @@ def test_sums_carry(numbers):
 @pytest.mark.parametrize("n", [2**15 - 1, 2**15, 2**15 + 1, 100_003])
 def test_sums_carry_however_many_there_are(n):
     most = min(2 ** (31 + wide.BITS) // n, 2**31) - 1
-    numbers = np.random.default_rng(n).integers(most - 3, most, n, endpoint=True)
-    array = jnp.asarray(numbers, jnp.int32)
-    assert value(wide.total(array)) == numbers.sum()
-    np.testing.assert_array_equal(value(wide.total(array[None], -1)), [numbers.sum()])
-    after = numbers.sum() - np.cumsum(numbers)
-    np.testing.assert_array_equal(value(wide.sums_after(array)), after)
+    full = np.full(n, (most + 1 >> wide.BITS << wide.BITS) - 1)  # low digits of ones
+    near = np.random.default_rng(n).integers(most - 3, most, n, endpoint=True)
+    for numbers in (near, full):
+        array, total = jnp.asarray(numbers, jnp.int32), numbers.sum()
+        assert value(wide.total(array)) == total
+        np.testing.assert_array_equal(value(wide.total(array[None], -1)), [total])
+        after = total - np.cumsum(numbers)
+        np.testing.assert_array_equal(value(wide.sums_after(array)), after)
 
 
 @settings(deadline=None, max_examples=examples(100))
