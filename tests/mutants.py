@@ -38,6 +38,7 @@ ROOMS = {  # what is changed, and the tests that should notice, quick ones first
         "tests/test_manual_axes.py",
         "tests/shrink/test_shrink_units.py",
         "tests/test_soft.py",
+        "tests/test_structure.py",
     ),
     "packing.py": ("tests/test_packing.py",),
     "scoring.py": (
