@@ -159,8 +159,8 @@ def _cuts_ahead(
     scores = jax.tree.leaves(weights if absolute else scores_of(state, weights))
     kept = None if config.regrow else jax.tree.leaves(state.masks)
     tensors = [dataclasses.replace(t, absolute=absolute) for t in tensors_of(state)]
-    n_drop, hint = _n_drop(scores, tensors, state, target, kept, starts)
     ranked = Ranked(scores, kept, tensors, starts)
+    n_drop, hint = _n_drop(ranked, state, target)
     return ranked, selection.find_cuts(ranked, n_drop, hint, target.now)
 
 
@@ -270,7 +270,9 @@ def _masks_from(
             alive.append(grouping.group_any(old, block))
     thresholds = state.thresholds
     if ranked:
-        tops, thresholds = _tops(worth, groups, state, target, alive, starts)
+        tops, thresholds = _tops(
+            Ranked(worth, alive, groups, starts or ()), state, target
+        )
         for (i, block), top in zip(ranked, tops):
             masks[i] = grouping.spread(top, block, scores[i])
     return [masks[i] for i in range(len(scores))], thresholds
@@ -292,47 +294,43 @@ def _masks_of_units(
     alive = None if kept is None else units.alive(dict(zip(names, kept)))
     leaves = dict(zip(names, scores))
     worth = units.scores(leaves)
-    tops, thresholds = _tops(worth, units.tensors, state, target, alive, starts)
+    ranked = Ranked(worth, alive, units.tensors, starts or ())
+    tops, thresholds = _tops(ranked, state, target)
     masks = units.masks(tops, leaves)
     return [masks[name] for name in names], thresholds
 
 
 def _tops(
-    worth: list[jax.Array],
-    groups: list[Tensor],
-    state: MovementState,
-    target: schedules.Target,
-    alive: list[jax.Array] | None,
-    starts: Sequence[jax.Array] | None,
+    ranked: Ranked, state: MovementState, target: schedules.Target
 ) -> tuple[list[jax.Array], jax.Array]:
-    """Which groups of each tensor stay, and the new thresholds."""
-    n_drop, hint = _n_drop(worth, groups, state, target, alive, starts)
+    """Which groups of each tensor stay, and the new thresholds.
+
+    Without ``ranked.starts`` they are made of the counts.
+    """
+    scores, kept, tensors, starts = ranked
+    n_drop, hint = _n_drop(ranked, state, target)
     return selection.keep_masks(
-        worth, groups, n_drop, kept=alive, hint=hint, starts=starts
+        scores, tensors, n_drop, kept=kept, hint=hint, starts=starts or None
     )
 
 
 def _n_drop(
-    worth: list[jax.Array],
-    groups: list[Tensor],
-    state: MovementState,
-    target: schedules.Target,
-    alive: list[jax.Array] | None,
-    starts: Sequence[jax.Array] | None,
+    ranked: Ranked, state: MovementState, target: schedules.Target
 ) -> tuple[jax.Array, jax.Array]:
     """How many groups of each tensor go, and keys to search around first."""
+    scores, kept, tensors, starts = ranked
     allocation, thresholds = state.config.allocation, state.thresholds
     common: jax.Array | None
     if target.sparsity is None:
-        assert starts is not None  # on a schedule only is it not known
+        assert starts  # on a schedule only is it not known
         n_drop, common = threshold.drop_at_zero(
-            allocation, groups, worth, alive, starts
+            allocation, tensors, scores, kept, starts
         )
     else:
         if target.shared:
             allocation = _allocation.Global(getattr(allocation, "min_keep", 0))
-            allocation.check(groups)
-        n_drop, common = allocation.n_drop(target, groups, worth, alive, thresholds)
+            allocation.check(tensors)
+        n_drop, common = allocation.n_drop(target, tensors, scores, kept, thresholds)
     return n_drop, thresholds if common is None else common
 
 
