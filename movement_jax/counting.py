@@ -339,7 +339,7 @@ def _hidden(ranked: Ranked, table: jax.Array) -> Iterator[tuple[Any, ...]]:
     none = [None] * len(ranked.scores)
     kept: Sequence[jax.Array | None] = ranked.kept or none
     for x, mask, tensor, start in zip(
-        ranked.scores, kept, ranked.tensors, ranked.starts
+        ranked.scores, kept, ranked.tensors, ranked.starts, strict=True
     ):
         operands = lax.optimization_barrier((x, mask, table, jnp.int32(1)))
         yield operands, dataclasses.replace(tensor, name=""), start

@@ -172,9 +172,7 @@ def _cut(
     old = jax.tree.leaves(state.masks)
     kept = None if state.config.regrow else old
     new = counting.masks(ranked._replace(kept=kept), *cuts)
-    if kept is not None:
-        new = [a & b for a, b in zip(new, kept)]
-    return structure.unflatten(new), cuts.at[0]
+    return structure.unflatten(_within(kept, new)), cuts.at[0]
 
 
 def change_masks(
@@ -229,9 +227,12 @@ def masks_from(
     leaves = structure.flatten_up_to(scores)
     old = None if kept is None else structure.flatten_up_to(kept)
     new, thresholds = _masks_from(leaves, state, target, old, starts, absolute)
-    if old is not None:
-        new = [a & b for a, b in zip(new, old)]
-    return structure.unflatten(new), thresholds
+    return structure.unflatten(_within(old, new)), thresholds
+
+
+def _within(kept: list[jax.Array] | None, new: list[jax.Array]) -> list[jax.Array]:
+    """New masks without what those before had dropped, if they may only shrink."""
+    return new if kept is None else [a & b for a, b in zip(new, kept)]
 
 
 def _masks_from(

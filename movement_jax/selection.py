@@ -327,39 +327,39 @@ def _search(
     def body(carry: tuple[_Search, jax.Array, jax.Array]) -> tuple[Any, ...]:
         now, tries, passes = carry
         now, passes = _narrow(now, tries, counts_at(tries), goal), passes + 1
-        return now, _tries(now, goal, passes, hint, candidates), passes
+        return now, _tries(now, goal, passes, candidates), passes
 
     def goes_on(carry: tuple[_Search, jax.Array, jax.Array]) -> jax.Array:
         now, *_ = carry
         return jnp.any(~now.exact & (distance(now.low, now.high) > 1))
 
     passes = jnp.int32(0)
-    tries = _tries(start, goal, passes, hint, candidates)
+    if hint is None:
+        tries = _tries(start, goal, passes, candidates)
+    else:
+        tries = _first_tries(start, hint)
     return lax.while_loop(goes_on, body, (start, tries, passes))[0]
 
 
+def _first_tries(start: _Search, hint: jax.Array) -> jax.Array:
+    """Values around the hint, or where scores usually lie, to count at first."""
+    tries = jnp.where(hint > NO_KEY, hint + _REACH[:, None], _USUAL[:, None])
+    # Short of `high`: beyond +inf nothing would be counted, and the search not end.
+    return jnp.clip(tries, start.low, start.high - 1)
+
+
 def _tries(
-    now: _Search,
-    goal: _Each | _Together,
-    passes: jax.Array,
-    hint: jax.Array | None,
-    candidates: int,
+    now: _Search, goal: _Each | _Together, passes: jax.Array, candidates: int
 ) -> jax.Array:
     """Values to count at. Shape ``(candidates, segments)``, int32.
 
-    First around the hint, or where scores usually lie; then where the value must lie
-    if counts rise evenly within the interval, as far as that helps; then the interval
-    is cut into equal parts.
+    Where the value must lie if counts rise evenly within the interval, as far as that
+    helps; then the interval is cut into equal parts.
     """
     low, high = now.low, now.high
     even, guess = _guess(now, goal, passes, candidates)
     guess = jnp.clip(low + guess, low + 1, high - 1)
-    tries = jnp.where(even, guess, split(low, high, candidates))
-    if hint is None:
-        return tries
-    first = jnp.where(hint > NO_KEY, hint + _REACH[:, None], _USUAL[:, None])
-    # Short of `high`: beyond +inf nothing would be counted, and the search not end.
-    return jnp.where(passes == 0, jnp.clip(first, low, high - 1), tries)
+    return jnp.where(even, guess, split(low, high, candidates))
 
 
 def _guess(

@@ -4,9 +4,11 @@ import collections
 import importlib.metadata
 import importlib.util
 import os
+import pathlib
 import re
 
 import pytest
+import tiers
 from budget import SCALE
 from hypothesis import settings
 
@@ -47,6 +49,11 @@ collect_ignore = ["test_aot.py"] if len(_MISSING) == len(_COMPILERS) else []
 def pytest_collection_modifyitems(items):
     """What is nightly is slow, so that `-m "not slow"` leaves it out as well."""
     for item in items:
+        path, name = _in_tests(item), getattr(item, "originalname", item.name)
+        row = item.callspec.id if hasattr(item, "callspec") else ""
+        tiers.SEEN[path, name].add(row)
+        if tiers.is_nightly(path, name, row):
+            item.add_marker("nightly")
         if item.get_closest_marker("nightly"):
             item.add_marker("slow")
 
@@ -58,6 +65,12 @@ def pytest_report_header():
         extras = " or ".join(_MISSING)
         said += [f'test_aot.py is left out: it needs `pip install -e ".[{extras}]"`']
     return said
+
+
+def _in_tests(item):
+    folder = pathlib.Path(__file__).parent
+    path = pathlib.Path(item.path)
+    return path.relative_to(folder).as_posix() if folder in path.parents else path.name
 
 
 @pytest.hookimpl(hookwrapper=True)

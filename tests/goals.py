@@ -68,8 +68,8 @@ GOALS = {  # what; how often it is to be tried; tests that count as one try each
     "R19": ("whether all that must hold does, in 20 minutes of two cores", 1, None),
     "R20": ("old checkpoints that load bit for bit", 4, "tests/golden/"),
 }
-# How much may fail: of changes to the code some make the same program.
-ALLOWED = {"R14": 0.1}
+# How much may fail: what is known to make the same program is not tried.
+ALLOWED = {"R14": 0.05}
 
 
 class Record:
@@ -217,16 +217,18 @@ def main():
     if arguments.ci:
         run_ci(record)
     table = Table("Goal", "What", "To be tried", "Tried", "Failed", "Verdict")
+    all_good = True
     for goal, (what, bar, _) in GOALS.items():
         failed, tried = record.figures[goal]
         good = failed <= tried * ALLOWED.get(goal, 0)
+        all_good &= good
         verdict = "reached" if good and tried >= bar else "short" if good else "FAILED"
         shown = (f"{bar:,}", f"{tried:,}", f"{failed:,}") if tried else (f"{bar:,}",)
         table.add_row(
             goal, what, *shown, *([verdict] if tried else ["", "", "not run"])
         )
     Console(width=None if sys.stdout.isatty() else 120).print(table)
-    return any(figure.failed for figure in record.figures.values())
+    return not all_good
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from flax import serialization
+from flax import serialization, struct
 from flax.training.train_state import TrainState
 from orbax.checkpoint import v1 as ocp1
 
@@ -209,6 +209,32 @@ def test_leaves_of_one_path_have_no_fingerprint():
     twice = {"a/b": jnp.ones(2), "a": {"b": jnp.zeros(2)}, "c": jnp.ones(1)}
     with pytest.raises(ValueError, match="Two leaves have the same path.*a/b"):
         mj.fingerprint(twice)
+
+
+@struct.dataclass
+class Adapted:
+    """A state of which the params are not leaves, but made of them when asked for."""
+
+    frozen: dict
+    delta: dict
+    opt_state: object
+
+    @property
+    def params(self):
+        return jax.tree.map(jnp.add, self.frozen, self.delta)
+
+
+def test_params_that_are_made_of_leaves_are_covered_too(tmp_path):
+    params = fresh_state().params["dense"]
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    opt_state = optimizer().init(params)
+    state = Adapted(frozen=params, delta=zeros, opt_state=opt_state)
+    checkpoint.save(tmp_path, 1, state)
+    checkpoint.verify(tmp_path)
+    like = jax.tree.map(jnp.zeros_like, state)
+    back = checkpoint.restore(tmp_path, like=like)
+    assert mj.fingerprint(back) == mj.fingerprint(state)
+    assert mj.fingerprint(back.replace(delta=params)) != mj.fingerprint(state)
 
 
 def test_after_a_failed_save_the_first_process_cleans_up(monkeypatch, tmp_path):

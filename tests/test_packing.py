@@ -118,13 +118,9 @@ CASES = {
     },
     "tracked": {"track_start": True, "track_noise": True},
 }
-LIKE_OTHERS = ("magnitude, in a chain", "regrow", "tracked")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[pytest.mark.nightly] * (n in LIKE_OTHERS)) for n in CASES],
-)
+@pytest.mark.parametrize("name", CASES)
 def test_training_is_the_same_bit_for_bit(name):
     plain, packed = (train(pruning(p, **CASES[name])) for p in (False, True))
     assert packing.has_packed(packed[1].masks)

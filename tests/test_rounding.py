@@ -148,7 +148,7 @@ def mismatch(a, b):
 
 
 @pytest.mark.parametrize("decay", MOST)
-@pytest.mark.parametrize("noise", [0.01, pytest.param(0.05, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("noise", [0.01, 0.05])
 def test_at_90_percent_nearly_the_same_weights_are_kept(noise, decay):
     exact = mj.EmaMagnitude(decay)
     cheap = mj.EmaMagnitude(decay, scores_dtype="bfloat16")

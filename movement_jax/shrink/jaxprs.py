@@ -146,13 +146,12 @@ def derivative_of(equation: Equation, kind: str) -> tuple[Program, list[int]] | 
 def bind(equation: Equation, args: Sequence[Any], **changed: Any) -> list[Any]:
     """Runs an equation on other arguments, with some of its params changed."""
     params = {**equation.params, **changed}
+    functions: Sequence[Any] = ()
     bound = equation.primitive.get_bind_params(params)
     if isinstance(bound, tuple):  # before JAX 0.8 functions came apart from the params
-        functions, params = bound
-    else:
-        functions, params = (), bound
+        functions, bound = bound
     with in_context(equation), equation.ctx.manager:
-        out = equation.primitive.bind(*functions, *args, **params)
+        out = equation.primitive.bind(*functions, *args, **bound)
     return list(out) if equation.primitive.multiple_results else [out]
 
 
@@ -215,7 +214,7 @@ def _program(jaxpr: Any) -> Program:
 
 
 def _scan_counts(params: dict[str, Any]) -> tuple[int, int]:
-    if "num_consts" in params:
-        return params["num_consts"], params["num_carry"]
-    consts, carry, _ = params["ft_in"].unpack()  # from JAX 0.11 on
-    return len(consts), len(carry)
+    if "ft_in" in params:  # from JAX 0.11 on
+        consts, carry, _ = params["ft_in"].unpack()
+        return len(consts), len(carry)
+    return params["num_consts"], params["num_carry"]

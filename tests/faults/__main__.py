@@ -45,7 +45,7 @@ def main():
     nodes = [f"{path}::{name}" for path, name in dict.fromkeys(found)]
     options = ["-n0", "-p", "no:cacheprovider", "-q", "--no-header", "-rfE"]
     options += ["--show-capture=no", "--rootdir", str(TESTS.parent)]
-    options += ["-m", "not slow"] if arguments.quick else []
+    options += ["-m", "not slow" if arguments.quick else ""]
     pytest.main([*nodes, *options], plugins=[outcomes])
 
     table, wrong, rows = Table("Id", "Fault", "Tests", "Ours", "Naive code"), [], []

@@ -566,18 +566,19 @@ def test_F12_what_does_not_fit_is_told(tmp_path, subject):
 
 
 @pytest.mark.slow
-def test_F7_F8_no_flipped_bit_anywhere_is_loaded(tmp_path, record_property):
+@pytest.mark.parametrize("seed", range(4))
+def test_F7_F8_no_flipped_bit_anywhere_is_loaded(seed, tmp_path, record_property):
     large = jax.random.normal(jax.random.key(0), (99, 99))
-    original, rng = {"state": trained(), "large": large}, random.Random(2)
+    original, rng = {"state": trained(), "large": large}, random.Random(seed)
     mj.checkpoint.save(tmp_path / "good", 3, original)
     files = [p for p in files_of(tmp_path / "good", 3) if p.stat().st_size]
     verdicts = [
-        damaged(Ours, tmp_path, n, rng.choice(files), rng, original) for n in range(420)
+        damaged(Ours, tmp_path, n, rng.choice(files), rng, original) for n in range(105)
     ]
     silent, told = verdicts.count(False), verdicts.count(True)
     record_property("R9", (silent, len(verdicts)))
     assert silent == 0
-    assert told > 200
+    assert told > 50
 
 
 def test_a_damaged_step_does_not_keep_the_run_from_saving(tmp_path):

@@ -170,10 +170,7 @@ on_linux = pytest.mark.skipif(
 
 
 @on_linux
-@pytest.mark.parametrize(
-    "batch",
-    [0, *(pytest.param(n, marks=pytest.mark.nightly) for n in range(1, BATCHES))],
-)
+@pytest.mark.parametrize("batch", range(BATCHES))
 def test_G1_G2_no_checkpoint_of_a_stranger_does_harm(batch, tmp_path, record_property):
     names = list(hostile.CASES)[batch::BATCHES]
     found = hostile.read_all(tmp_path, names)

@@ -278,7 +278,7 @@ def prune_nothing(run):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@settings(max_examples=examples(13))
+@settings(max_examples=examples(4))
 @given(cases(WITH_KERNELS), st.integers(0, 15), st.data())
 def test_in_any_tree_masks_are_those_of_a_sort(form, case, sixteenths, data):
     run, together = Run(case, form), form == "Global"

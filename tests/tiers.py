@@ -1,0 +1,158 @@
+"""Which rows of long tests run on every change: the others try more of the same.
+
+Where rows try one thing in many settings, those that differ most are kept here. All run
+at night, with `pytest -m ""` and for the tables of faults and goals.
+"""
+
+import collections
+import fnmatch
+
+# File, function: patterns of the ids that are kept; none of a test that is nightly.
+KEPT: dict[str, dict[str, tuple[str, ...]]] = {
+    "faults/test_checkpoints.py": {
+        "test_F7_F8_no_flipped_bit_anywhere_is_loaded": ("0",),
+    },
+    "faults/test_position.py": {
+        "test_D3_right_orders_leave_exact_zeros_and_raise_no_alarm": (
+            *("adamw", "lion", "clip, adamw", "adafactor", "apply_every"),
+            *("MultiSteps", "partition", "inject", "inner", "inner, regrow"),
+        ),
+    },
+    "shrink/test_shrink_fuzz.py": {
+        "test_what_is_prunable_is_cut_exactly": ("0", "15"),
+    },
+    "shrink/test_shrink_units.py": {
+        "test_every_criterion_prunes_whole_units": ("Movement", "Magnitude", "Fisher"),
+    },
+    "shrink/test_shrink_zoo.py": {
+        "test_each_group_alone_is_cut_exactly": (
+            *("mlp", "cnn", "nnx_*", "gqa_decoder", "linen_rnn", "vit_fused_qkv"),
+            *(
+                "unet",
+                "mamba",
+                "mixture_of_experts",
+                "squeeze_excite",
+                "seq2seq",
+                "branches",
+                "low_rank",
+            ),
+        ),
+        "test_gradients_are_those_of_the_masked_model": ("gqa_decoder_scan", "own_*"),
+    },
+    "test_allocation.py": {
+        "test_every_layer_has_a_threshold_of_its_own": (
+            *("2147483647-layer_*d+-*", "2147483647-.[*]-*"),
+            *("5-up|down-*", "5-blocks/-*"),
+        ),
+    },
+    "test_benchmarks.py": {
+        "test_every_part_is_measured_and_says_where_and_when": (),
+        "test_every_time_is_a_ratio_with_its_spread": (),
+        "test_tables_and_bars_and_the_section_of_the_readme_are_printed": (),
+    },
+    "test_contract.py": {
+        # Every wrapper around one form, and every form by itself.
+        "test_the_state_is_found_and_reaches_the_sparsity": (
+            "* | chain | *",
+            "* | plain",
+        ),
+        "test_prune_works_through_it": ("* | chain | *", "* | plain"),
+        "test_unknown_extra_arguments_are_ignored": (
+            *("* | chain | *", "* | inner | *", "Movement | inner, regrow | plain"),
+        ),
+    },
+    "test_dtypes.py": {
+        "test_scores_are_float32": ("bfloat16-*", "float16-ema"),
+    },
+    "test_exchange.py": {
+        "test_what_the_optimizer_remembers_of_grown_weights_is_as_at_first": (
+            *("adamw", "momentum", "adafactor, factored"),
+        ),
+    },
+    "test_growth.py": {
+        "test_sixty_steps_equal_numpy": ("RigL-momentum", "SET without an end-adam"),
+    },
+    "test_manual_axes.py": {
+        "test_parts_on_several_devices_are_ranked_as_one": (
+            *("global", "global, per layer", "per path, regrow"),
+        ),
+    },
+    "test_minilm.py": {
+        "test_a_run_that_was_killed_goes_on_to_the_same_bits": (),
+        "test_every_criterion_reaches_its_sparsity_and_is_in_the_table": (),
+    },
+    "test_multidevice.py": {
+        "test_training_gives_the_masks_of_one_device_and_keeps_the_layout": (
+            *("auto-ema", "explicit-random"),
+            *("explicit, set-movement", "explicit, set-rigl", "explicit, set-soft"),
+        ),
+        "test_one_threshold_over_all_tensors_is_that_of_a_sort": (
+            *("auto-rows", "auto-layers", "explicit-columns", "explicit-both"),
+            *("explicit-replicated", "explicit-layers on all"),
+        ),
+        "test_thresholds_of_layers_are_those_of_one_device": ("explicit",),
+        "test_pruning_works_without_jit": ("explicit",),
+    },
+    "test_multiprocess.py": {
+        "test_what_two_processes_saved_is_restored_on_another_mesh": (
+            *("Orbax-4x1", "with a manifest-transposed"),
+        ),
+    },
+    "test_packing.py": {
+        "test_training_is_the_same_bit_for_bit": (
+            "movement",
+            "blocks",
+            "soft",
+            "exchanging",
+        ),
+    },
+    "test_position.py": {
+        "test_before_an_optimizer_pruned_weights_are_still_driven_to_zero": (
+            *("sgd-at once", "sgd(1)-*", "momentum-in steps", "adam-every step"),
+            *("adamw-at once", "lion-in steps", "rmsprop-every step"),
+        ),
+    },
+    "test_report.py": {
+        "test_reports_on_sharded_params_are_those_of_one_device": ("Explicit",),
+    },
+    "test_rounding.py": {
+        "test_every_mesh_gives_the_bits_of_one_device": (
+            "*Explicit-ema*",
+            "*Auto-taylor",
+        ),
+        "test_at_90_percent_nearly_the_same_weights_are_kept": (
+            *("0.01-0.9", "0.01-0.9999"),
+        ),
+    },
+    "test_soft.py": {
+        "test_a_target_is_reached_on_handwritten_digits": (
+            *("0.5-0.1", "0.9-0.001", "0.97-0.1"),
+        ),
+        "test_a_target_is_reached_on_generated_data": ("0.5", "0.97"),
+        "test_equal_scores_do_not_make_it_miss_the_target": ("0.0", "0.5"),
+    },
+    "test_state.py": {
+        "test_scores_stay_finite_even_when_apply_if_finite_gives_up": (
+            *("chain-*-1", "inner-*-3"),
+        ),
+    },
+    "test_structure.py": {
+        "test_on_a_mesh_masks_are_those_of_one_device": ("explicit",),
+    },
+}
+
+
+# Ids of all rows that are there, by file and function: noted when they are collected.
+SEEN: dict[tuple[str, str], set[str]] = collections.defaultdict(set)
+
+
+def is_nightly(path: str, function: str, id: str) -> bool:
+    """Whether a row is not among those that are kept.
+
+    Args:
+      path: of the file, from the tests' folder.
+      function: name of the test.
+      id: of its row; empty if it has none.
+    """
+    kept = KEPT.get(path, {}).get(function)
+    return kept is not None and not any(fnmatch.fnmatchcase(id, x) for x in kept)
