@@ -1,6 +1,7 @@
 """Masks in bits: the same masks in an eighth of the memory, everywhere."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,11 @@ def pruning(packed, **options):
     return mj.movement_pruning(**options, pack_masks=packed)
 
 
+@functools.cache
+def trained(packed):
+    return train(pruning(packed))
+
+
 def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
@@ -92,8 +98,7 @@ def test_the_last_axis_of_all_is_packed_only_if_no_other_fits(shape, axis):
 
 
 def test_only_masks_take_less():
-    params, plain = train(pruning(False), steps=1)
-    _, packed = train(pruning(True), steps=1)
+    (_, plain), (_, packed) = trained(False), trained(True)
     masks = jax.tree.leaves(packed.masks, is_leaf=packing.is_packed)
     axes = [getattr(mask, "axis", None) for mask in masks]
     assert axes == [-2, -2, None, -3, -1]
@@ -150,10 +155,9 @@ def test_pruning_by_hand_and_reports_are_the_same():
 
 
 def test_checkpoints_hold_the_words(tmp_path):
-    tx = pruning(True)
-    params, state = train(tx)
+    params, state = trained(True)
     mj.checkpoint.save(tmp_path / "run", 16, (params, state))
-    like = (PARAMS, tx.init(PARAMS))
+    like = (PARAMS, pruning(True).init(PARAMS))
     restored = mj.checkpoint.restore(tmp_path / "run", like=like)
     assert_same(restored, (params, state))
     with pytest.raises(mj.CheckpointError, match="masks"):
