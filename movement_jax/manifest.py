@@ -257,8 +257,6 @@ def readable(where: str) -> Iterator[None]:
     """Makes one kind of error of the many that damaged files lead to."""
     try:
         yield
-    except CheckpointError:
-        raise
     except Exception as error:
         raise CheckpointError(
             f"{where} cannot be read: {first_line(error)}. If its files were damaged, "
