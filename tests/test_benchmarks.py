@@ -36,7 +36,7 @@ def command(*arguments):
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_part_is_measured_and_says_where_and_when(quick):
     results, _, _ = quick
     assert list(results["parts"]) == PARTS
@@ -47,7 +47,7 @@ def test_every_part_is_measured_and_says_where_and_when(quick):
     assert {"cores", "device", "load"} <= set(results["machine"])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_time_is_a_ratio_with_its_spread(quick):
     parts = quick[0]["parts"]
     rows = [*parts["masks"]["one_tensor"], parts["masks"]["tree"], *parts["steps"]]
@@ -59,7 +59,7 @@ def test_every_time_is_a_ratio_with_its_spread(quick):
             assert row["ms"] > 0 and row["over_ms"] > 0 and row["turns"] >= 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_tables_and_bars_and_the_section_of_the_readme_are_printed(quick):
     _, path, printed = quick
     assert printed.count("\n## ") == len(PARTS) + 1

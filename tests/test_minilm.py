@@ -297,7 +297,7 @@ def test_an_eighth_is_held_out_where_nothing_is_given_to_try_on(tmp_path, minilm
         data.read_task(tokenize, dev=tmp_path / "b.tsv")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_criterion_reaches_its_sparsity_and_is_in_the_table(tiny, tmp_path):
     criteria = ["dense", "magnitude", "movement", "soft", "fisher"]
     budget = "--steps 20 --batch 16 --sparsity 0.9 --layers 1".split()
@@ -326,7 +326,7 @@ def test_every_criterion_reaches_its_sparsity_and_is_in_the_table(tiny, tmp_path
     assert printed.stdout in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(tiny, tmp_path):
     how = "--criteria movement --distill 0.5 --batch 16 --steps 200 --save-every 40"
     how += " --layers 1"

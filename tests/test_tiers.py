@@ -28,5 +28,3 @@ def test_only_what_is_not_kept_is_nightly():
     assert tiers.is_nightly(path, name, "1")
     assert not tiers.is_nightly(path, "another", "1")
     assert not tiers.is_nightly("another.py", name, "1")
-    whole, *_ = tiers.KEPT["test_benchmarks.py"]
-    assert tiers.is_nightly("test_benchmarks.py", whole, "")

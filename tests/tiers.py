@@ -1,13 +1,14 @@
 """Which rows of long tests run on every change: the others try more of the same.
 
 Where rows try one thing in many settings, those that differ most are kept here. All run
-at night, with `pytest -m ""` and for the tables of faults and goals.
+at night, with `pytest -m ""` and for the tables of faults and goals. A test that is
+nightly as a whole is marked so.
 """
 
 import collections
 import fnmatch
 
-# File, function: patterns of the ids that are kept; none of a test that is nightly.
+# File, function: patterns of the ids that are kept.
 KEPT: dict[str, dict[str, tuple[str, ...]]] = {
     "faults/test_checkpoints.py": {
         "test_F7_F8_no_flipped_bit_anywhere_is_loaded": ("0",),
@@ -36,11 +37,6 @@ KEPT: dict[str, dict[str, tuple[str, ...]]] = {
             *("5-up|down-*", "5-blocks/-*"),
         ),
     },
-    "test_benchmarks.py": {
-        "test_every_part_is_measured_and_says_where_and_when": (),
-        "test_every_time_is_a_ratio_with_its_spread": (),
-        "test_tables_and_bars_and_the_section_of_the_readme_are_printed": (),
-    },
     "test_contract.py": {
         # Every wrapper around one form, and every form by itself.
         "test_the_state_is_found_and_reaches_the_sparsity": (
@@ -67,10 +63,6 @@ KEPT: dict[str, dict[str, tuple[str, ...]]] = {
         "test_parts_on_several_devices_are_ranked_as_one": (
             *("global", "global, per layer", "per path, regrow"),
         ),
-    },
-    "test_minilm.py": {
-        "test_a_run_that_was_killed_goes_on_to_the_same_bits": (),
-        "test_every_criterion_reaches_its_sparsity_and_is_in_the_table": (),
     },
     "test_multidevice.py": {
         "test_training_gives_the_masks_of_one_device_and_keeps_the_layout": (
