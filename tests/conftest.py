@@ -23,6 +23,8 @@ for _name, _value in _FLAGS.items():
         _known = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{_known} --{_name}={_value}"
 
+import jax  # noqa: E402
+
 # Compilation makes first examples slow, and a seed makes failures repeatable. Where
 # there is time for many examples they are others each time, and what fails is printed
 # as a `@reproduce_failure` to put above the test.
@@ -56,6 +58,15 @@ def pytest_collection_modifyitems(items):
             item.add_marker("nightly")
         if item.get_closest_marker("nightly"):
             item.add_marker("slow")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item):
+    """Most tests take longer to compile than to run: only some need fast code."""
+    quickly = item.get_closest_marker("computes") is None
+    jax.config.update("jax_disable_most_optimizations", quickly)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quickly))  # of processes
+    yield
 
 
 def pytest_report_header():

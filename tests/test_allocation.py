@@ -31,6 +31,8 @@ SHAPES = {"big": (8, 8), "long": (4, 16), "small": (2, 8)}
 TENSORS = [Tensor(name, shape) for name, shape in SHAPES.items()]
 COUNTS = np.array([64, 64, 16])
 
+pytestmark = pytest.mark.computes
+
 
 def dropped(allocation, sparsity, tensors=TENSORS, scores=None):
     if scores is None:

@@ -21,6 +21,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import movement_jax as mj
 from movement_jax import shrink
 
+pytestmark = pytest.mark.computes  # what is looked at is optimized
 ONE = [Target("v5e"), Target("h200")]
 FOUR = [Target("v5e", (2, 2)), Target("h200", (2, 2))]
 
@@ -109,7 +110,12 @@ def test_whole_rows_and_units_leave_masks_alone_in_place(target, structure):
 
 @on(ONE)
 @pytest.mark.parametrize(
-    "side, most", [((4, 8), 2.1), ((16, 16), 1.1), ((128, 128), 1.1)], ids=str
+    "side, most",
+    [
+        pytest.param((4, 8), 2.1, id="4x8"),
+        pytest.param((16, 16), 1.1, id="16x16", marks=pytest.mark.nightly),
+        pytest.param((128, 128), 1.1, id="128x128", marks=pytest.mark.nightly),
+    ],
 )
 def test_blocks_take_memory(target, side, most):
     params = {"kernel": (16384, 16384)}
@@ -209,9 +215,27 @@ TEMP = {
 SUMS = {"v5e": 2**17, "h200": 2**19}
 
 
+@on(ONE)
+@pytest.mark.parametrize("form", ["packed", "Movement", "check_finite", "blocks"])
+def test_other_forms_of_the_train_step(target, form):
+    check_form(target, form)
+
+
+@on(FOUR)
+@pytest.mark.parametrize("form", ["2:4", "columns"])
+def test_other_forms_on_four_devices(target, form):
+    check_form(target, form)
+
+
+@pytest.mark.nightly
 @on(ONE + FOUR)
 @pytest.mark.parametrize("form", FORMS)
-def test_other_forms_of_the_train_step(target, form):
+def test_all_forms_on_one_and_four_devices(target, form):
+    check_form(target, form)
+
+
+@functools.cache
+def check_form(target, form):
     options = {"check_finite": False, "sparsity": 0.5, **FORMS[form]}
     tx = pruned_adamw(**options, regrow=form == "Movement")
     program = compiled(update(tx), tx, target, target.mesh(), shapes=KERNEL)
@@ -258,22 +282,16 @@ USUAL = ["EmaMagnitude", "Global"]
 OTHERS = sorted(CRITERIA.keys() - set(USUAL))
 
 
-@on(ONE)
-@pytest.mark.parametrize("form", CRITERIA)
+@on(ONE + FOUR)
+@pytest.mark.parametrize("form", USUAL)
 def test_in_no_shape_are_kernels_copied(target, form):
     check_odd(target, form)
 
 
-@on(FOUR)
-@pytest.mark.parametrize("form", USUAL)
-def test_on_four_devices_neither(target, form):
-    check_odd(target, form)
-
-
 @pytest.mark.nightly
-@on(FOUR)
+@on(ONE + FOUR)
 @pytest.mark.parametrize("form", OTHERS)
-def test_on_four_devices_neither_for_others(target, form):
+def test_in_no_shape_are_kernels_copied_by_others(target, form):
     check_odd(target, form)
 
 
@@ -424,15 +442,16 @@ def param_bytes(tree=SHAPES):
     return 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(tree)))
 
 
+BFLOAT16, EVERY_8 = {"scores_dtype": "bfloat16"}, {"score_every": 8}
 CHEAP = [
-    mj.EmaMagnitude(scores_dtype="bfloat16"),
-    mj.EmaMagnitude(score_every=8),
-    mj.EmaMagnitude(scores_dtype="bfloat16", score_every=8),
+    pytest.param(mj.EmaMagnitude(**BFLOAT16, **EVERY_8), id="both"),
+    pytest.param(mj.EmaMagnitude(**BFLOAT16), id="bfloat16", marks=pytest.mark.nightly),
+    pytest.param(mj.EmaMagnitude(**EVERY_8), id="every 8", marks=pytest.mark.nightly),
 ]
 
 
 @on(ONE)
-@pytest.mark.parametrize("criterion", CHEAP, ids=["bfloat16", "every 8", "both"])
+@pytest.mark.parametrize("criterion", CHEAP)
 def test_cheaper_scores_take_no_memory_either(target, criterion):
     program = train_step(target, criterion=criterion, check_finite=False)
     assert not program.sorts()

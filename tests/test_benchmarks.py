@@ -8,6 +8,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
+pytestmark = pytest.mark.computes
 PARTS = [
     "masks",
     "steps",

@@ -19,11 +19,11 @@ pytestmark = pytest.mark.slow
 
 
 def run(out, *arguments, devices=1, script="transformer_lm.py"):
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    devices = f"--xla_force_host_platform_device_count={devices}"
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": flags,
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {devices}",
         "PYTHONPATH": str(ROOT),
     }
     return subprocess.run(

@@ -130,10 +130,11 @@ def command(folder, out, *arguments):
 
 
 def environment():
+    device = "--xla_force_host_platform_device_count=1"
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {device}",
         "PYTHONPATH": str(ROOT),
     }
 
@@ -246,6 +247,7 @@ def test_batches_depend_on_the_seed_and_the_step_alone(minilm):
     assert set(other) != set(whole[0][0])
 
 
+@pytest.mark.computes
 def test_the_embedded_task_cannot_be_told_by_the_words_alone(minilm):
     _, data = minilm
     parts = data.word_order()

@@ -146,11 +146,11 @@ def launch(count, **job):
     """Runs processes that know of each other; what each of them reports."""
     job = {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in job.items()}
     job |= {"count": count, "port": _free_port()}
-    flags = f"--xla_force_host_platform_device_count={job['devices']}"
+    devices = f"--xla_force_host_platform_device_count={job['devices']}"
     root = pathlib.Path(__file__).parents[1]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": flags,
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {devices}",
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
     }

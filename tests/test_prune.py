@@ -96,7 +96,9 @@ def test_jit_with_a_traced_sparsity_equals_eager():
         chex.assert_trees_all_equal(prune(state, level), mj.prune(state, level))
 
 
-@pytest.mark.parametrize("allocation", [mj.Uniform(), mj.Global(), mj.ErdosRenyi()])
+@pytest.mark.parametrize(
+    "allocation", [mj.Uniform(), mj.Global(), mj.ErdosRenyi()], ids=repr
+)
 def test_the_debugging_modes_of_jax_find_nothing(allocation):
     tx = mj.movement_pruning(0.5, mj.Magnitude(), allocation=allocation)
     state, level = (PARAMS, tx.init(PARAMS)), jnp.float32(0.5)

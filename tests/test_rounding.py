@@ -21,6 +21,8 @@ LAST_BIT = 2.0**-7  # of a bfloat16 in [1, 2)
 MOST = {0.9: 0.0079, 0.99: 0.0138, 0.999: 0.0304, 0.9999: 0.0209}
 WEIGHTS, STEPS = 100_000, 2000
 
+pytestmark = pytest.mark.computes
+
 
 def in_turns(x, turns):
     return jax.vmap(round_in_turn, (None, 0))(jnp.float32(x), jnp.asarray(turns))

@@ -17,6 +17,8 @@ import movement_jax as mj
 SHAPE = (12, 10)
 RATE = 0.01
 
+pytestmark = pytest.mark.computes
+
 
 def make_params():
     return {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=SHAPE))}

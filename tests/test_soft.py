@@ -185,6 +185,7 @@ def test_a_target_is_reached_on_generated_data(target):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not DIGITS.exists(), reason=f"needs handwritten digits in {DIGITS}")
+@pytest.mark.computes
 @pytest.mark.parametrize("rate", [1e-3, 1e-1])
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_target_is_reached_on_handwritten_digits(target, rate):
@@ -277,6 +278,7 @@ def test_a_floor_does_not_make_it_miss_the_target(allocation):
     assert reached[-1] == pytest.approx(round(0.97 * n) / n, abs=1e-6)
 
 
+@pytest.mark.computes
 @pytest.mark.parametrize("target", [0.0, 0.3, 0.5, 0.9])
 def test_equal_scores_do_not_make_it_miss_the_target(target):
     # Weights of one magnitude without a gradient, and half of them dead.

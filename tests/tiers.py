@@ -13,6 +13,9 @@ KEPT: dict[str, dict[str, tuple[str, ...]]] = {
     "faults/test_checkpoints.py": {
         "test_F7_F8_no_flipped_bit_anywhere_is_loaded": ("0",),
     },
+    "faults/test_hostile.py": {
+        "test_G1_G2_no_checkpoint_of_a_stranger_does_harm": ("0", "2"),
+    },
     "faults/test_position.py": {
         "test_D3_right_orders_leave_exact_zeros_and_raise_no_alarm": (
             *("adamw", "lion", "clip, adamw", "adafactor", "apply_every"),
@@ -20,7 +23,7 @@ KEPT: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "shrink/test_shrink_fuzz.py": {
-        "test_what_is_prunable_is_cut_exactly": ("0", "15"),
+        "test_what_is_prunable_is_cut_exactly": ("0",),
     },
     "shrink/test_shrink_units.py": {
         "test_every_criterion_prunes_whole_units": ("Movement", "Magnitude", "Fisher"),
@@ -45,7 +48,10 @@ KEPT: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "test_prune_works_through_it": ("* | chain | *", "* | plain"),
         "test_unknown_extra_arguments_are_ignored": (
-            *("* | chain | *", "Movement | inner*", "RigL *", "SoftMovement *"),
+            *("* | chain | *", "Movement | inner, regrow | plain", "RigL *"),
+        ),
+        "test_init_has_the_shapes_that_eval_shape_says": (
+            *("EmaMagnitude* | chain | *", "* | inner, regrow | plain", "RigL *"),
         ),
     },
     "test_dtypes.py": {
@@ -53,8 +59,13 @@ KEPT: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "test_exchange.py": {
         "test_what_the_optimizer_remembers_of_grown_weights_is_as_at_first": (
-            *("adamw", "momentum", "adafactor, factored"),
+            *("adamw", "adafactor, factored"),
         ),
+        "test_counts_stay_and_grown_weights_start_at_zero_then_move": (
+            *("RigL-bfloat16", "SET-float32"),
+        ),
+        "test_ties_go_to_the_lower_index_and_nan_is_never_grown": ("0", "1"),
+        "test_in_multi_steps_an_exchange_counts_updates": ("RigL",),
     },
     "test_growth.py": {
         "test_sixty_steps_equal_numpy": ("RigL-momentum", "SET without an end-adam"),
@@ -67,7 +78,7 @@ KEPT: dict[str, dict[str, tuple[str, ...]]] = {
     "test_multidevice.py": {
         "test_training_gives_the_masks_of_one_device_and_keeps_the_layout": (
             *("auto-ema", "explicit-random"),
-            *("explicit, set-movement", "explicit, set-rigl", "explicit, set-soft"),
+            *("explicit, set-rigl", "explicit, set-soft"),
         ),
         "test_one_threshold_over_all_tensors_is_that_of_a_sort": (
             *("auto-rows", "auto-layers", "explicit-columns", "explicit-both"),
@@ -78,16 +89,11 @@ KEPT: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "test_multiprocess.py": {
         "test_what_two_processes_saved_is_restored_on_another_mesh": (
-            *("Orbax-4x1", "with a manifest-transposed"),
+            "with a manifest-transposed",
         ),
     },
     "test_packing.py": {
-        "test_training_is_the_same_bit_for_bit": (
-            "movement",
-            "blocks",
-            "soft",
-            "exchanging",
-        ),
+        "test_training_is_the_same_bit_for_bit": ("blocks", "soft", "exchanging"),
     },
     "test_position.py": {
         "test_before_an_optimizer_pruned_weights_are_still_driven_to_zero": (
@@ -95,24 +101,25 @@ KEPT: dict[str, dict[str, tuple[str, ...]]] = {
             *("adamw-at once", "lion-in steps", "rmsprop-every step"),
         ),
     },
+    "test_prune.py": {
+        "test_the_debugging_modes_of_jax_find_nothing": ("Global*",),
+    },
     "test_report.py": {
         "test_reports_on_sharded_params_are_those_of_one_device": ("Explicit",),
     },
     "test_rounding.py": {
         "test_every_mesh_gives_the_bits_of_one_device": (
-            "*Explicit-ema*",
-            "*Auto-taylor",
+            *("('x', 'y')-*Explicit-ema", "(None, *Explicit-ema, every 3"),
+            "('y',)-*Auto-taylor",
         ),
         "test_at_90_percent_nearly_the_same_weights_are_kept": (
             *("0.01-0.9", "0.01-0.9999"),
         ),
     },
     "test_soft.py": {
-        "test_a_target_is_reached_on_handwritten_digits": (
-            *("0.5-0.1", "0.9-0.001", "0.97-0.1"),
-        ),
+        "test_a_target_is_reached_on_handwritten_digits": (*("0.5-0.1", "0.97-0.1"),),
         "test_a_target_is_reached_on_generated_data": ("0.5", "0.97"),
-        "test_equal_scores_do_not_make_it_miss_the_target": ("0.0", "0.5"),
+        "test_equal_scores_do_not_make_it_miss_the_target": ("0.5",),
     },
     "test_state.py": {
         "test_scores_stay_finite_even_when_apply_if_finite_gives_up": (
@@ -121,6 +128,7 @@ KEPT: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "test_structure.py": {
         "test_on_a_mesh_masks_are_those_of_one_device": ("explicit",),
+        "test_a_change_of_groups_moves_sums_and_counts_between_devices": ("explicit",),
     },
 }
 

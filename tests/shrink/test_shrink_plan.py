@@ -231,6 +231,7 @@ def test_layers_of_a_scan_lose_the_same_units():
     assert not mask.all()
 
 
+@pytest.mark.computes
 def test_groups_of_a_large_model_are_found_in_two_seconds(capsys):
     module = zoo.Wide(layers=24, width=1130)
     ids = jax.ShapeDtypeStruct((1, 128), jnp.int32)
