@@ -17,6 +17,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from movement_jax import tracing
+
 ValuesT = TypeVar("ValuesT")
 
 MAX_COUNT = 2**31 - 1
@@ -133,7 +135,7 @@ def segment_starts(tensors: Sequence[Tensor], zero: jax.Array) -> tuple[jax.Arra
         return ()
     ends = np.cumsum([t.segments for t in tensors])
     rows = [np.array([0, end - t.segments], np.int32) for end, t in zip(ends, tensors)]
-    return _reduce([zero + row for row in rows], [0] * len(rows), jnp.maximum, (0,))
+    return _reduce([zero + row for row in rows], 0, jnp.maximum, (0,))
 
 
 def tally(
@@ -151,7 +153,7 @@ def tally(
     """
     axes = tuple(range(predicates[0].ndim)) if axes is None else tuple(axes)
     ones = [p.astype(jnp.int32) for p in predicates]
-    return _reduce(ones, [0] * len(ones), jnp.add, axes)
+    return _reduce(ones, 0, jnp.add, axes)
 
 
 def tally_all(
@@ -185,17 +187,18 @@ def anywhere(predicates: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
     Returns:
       One bool per predicate.
     """
-    start, axes = [False] * len(predicates), tuple(range(predicates[0].ndim))
-    return _reduce(predicates, start, jnp.logical_or, axes)
+    axes = tuple(range(predicates[0].ndim))
+    return _reduce(predicates, False, jnp.logical_or, axes)
 
 
+@tracing.once(1, 2, 3)
 def _reduce(
-    operands: Sequence[jax.Array], start: Sequence[Any], combine: Any, axes: Any
+    operands: Sequence[jax.Array], start: Any, combine: Any, axes: tuple[int, ...]
 ) -> tuple[jax.Array, ...]:
     """Several reductions by one program, which XLA for CPU makes no copies for."""
     reduced: tuple[jax.Array, ...] = lax.reduce(
         tuple(operands),
-        tuple(np.asarray(x, operand.dtype) for x, operand in zip(start, operands)),
+        tuple(np.asarray(start, operand.dtype) for operand in operands),
         lambda a, b: tuple(combine(x, y) for x, y in zip(a, b)),
         axes,
     )
@@ -265,14 +268,20 @@ def masks(
       at: shape ``(1, segments)``, int32.
       cut: shape ``(1, segments)``, int32.
     """
-    tensors = tuple(ranked.tensors)
-    ranked = ranked._replace(tensors=())
-    kept: list[jax.Array] = _masks(ranked, tensors, below, at, cut)
-    return kept
+    return _masks(*apart(ranked), below, at, cut)
+
+
+def apart(ranked: Ranked) -> tuple[Ranked, tuple[Tensor, ...]]:
+    """The arrays, and what they are but for their names: what is traced once for all.
+
+    In eager code, what is traced once is compiled once as well.
+    """
+    tensors = tuple(dataclasses.replace(t, name="") for t in ranked.tensors)
+    return ranked._replace(tensors=()), tensors
 
 
 # In eager code too: there `jax_debug_nans` would stop at a threshold that is NaN.
-@functools.partial(jax.jit, static_argnums=1, inline=True)
+@tracing.once(1)
 def _masks(
     ranked: Ranked,
     tensors: tuple[Tensor, ...],
@@ -341,8 +350,7 @@ def _hidden(ranked: Ranked, table: jax.Array) -> Iterator[tuple[Any, ...]]:
     for x, mask, tensor, start in zip(
         ranked.scores, kept, ranked.tensors, ranked.starts, strict=True
     ):
-        operands = lax.optimization_barrier((x, mask, table, jnp.int32(1)))
-        yield operands, dataclasses.replace(tensor, name=""), start
+        yield lax.optimization_barrier((x, mask, table, jnp.int32(1))), tensor, start
 
 
 # Functions of their own, to be traced once for all tensors of a shape.

@@ -3,6 +3,9 @@
 A tensor is cut into blocks by splitting its axes, ``(d,)`` into ``(d / b, b)``. Where
 that cuts along the boundaries between devices nothing moves but sums. Nothing is
 flattened or gathered, and only group scores are stored: ``1 / b`` of the tensor.
+
+What is called from elsewhere is traced once for all tensors of a shape, and compiled
+once in eager code.
 """
 
 import functools
@@ -15,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
+
+from movement_jax import tracing
 
 Reduce = Literal["mean", "sum"]
 _SMALLEST_NORMAL = 0x00800000  # as bits of a float32
@@ -31,6 +36,7 @@ def group_shape(shape: tuple[int, ...], block: tuple[int, ...]) -> tuple[int, ..
     return tuple(-(-d // b) for d, b in zip(shape, block))
 
 
+@tracing.once(1, 2)
 def group_scores(x: jax.Array, block: tuple[int, ...], reduce: Reduce) -> jax.Array:
     """The sum or mean of every block, the same bits on every sharding.
 
@@ -52,6 +58,7 @@ def group_scores(x: jax.Array, block: tuple[int, ...], reduce: Reduce) -> jax.Ar
     return _by_parts(score, x.astype(jnp.float32), block)
 
 
+@tracing.once(1)
 def group_any(mask: jax.Array, block: tuple[int, ...]) -> jax.Array:
     """Whether a block has any True."""
     if math.prod(block) == 1:
@@ -59,6 +66,7 @@ def group_any(mask: jax.Array, block: tuple[int, ...]) -> jax.Array:
     return _by_parts(_any, mask, block)
 
 
+@tracing.once(1)
 def spread(groups: jax.Array, block: tuple[int, ...], like: jax.Array) -> jax.Array:
     """Gives every member the value of its block.
 
@@ -80,6 +88,7 @@ def spread(groups: jax.Array, block: tuple[int, ...], like: jax.Array) -> jax.Ar
     return _laid_out(jnp.broadcast_to(groups, like.shape), like)
 
 
+@tracing.once(1, 2)
 def keep_in_windows(
     x: jax.Array,
     axis: int,

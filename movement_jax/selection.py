@@ -15,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from movement_jax import wide
+from movement_jax import tracing, wide
 from movement_jax.arguments import plain
 from movement_jax.counting import (
     MAX_COUNT,
     NO_KEY,
     Ranked,
     Tensor,
+    apart,
     count,
     count_ties,
     distance,
@@ -155,18 +156,29 @@ def find_cuts(
       hint: as for :func:`keep_masks`.
       now: False to read no score, and find nothing. Shape ``()``, bool.
     """
-    size = jnp.asarray(sizes(ranked.tensors), jnp.int32)
-    n_drop = jnp.asarray(n_drop, jnp.int32).clip(0, size)
     hint = jnp.asarray(NO_KEY if hint is None else hint, jnp.int32)
+    n_drop = jnp.asarray(n_drop, jnp.int32)
+    return _find_cuts(*apart(ranked), n_drop, hint, jnp.bool_(now))
+
+
+@tracing.once(1)
+def _find_cuts(
+    ranked: Ranked,
+    tensors: tuple[Tensor, ...],
+    n_drop: jax.Array,
+    hint: jax.Array,
+    now: jax.Array,
+) -> Cuts:
+    ranked = ranked._replace(tensors=tensors)
+    size = jnp.asarray(sizes(tensors), jnp.int32)
+    n_drop = n_drop.clip(0, size)
     row = (1, *n_drop.shape)
     n_drop, size = n_drop.reshape(row), size[None]
     nothing = n_drop <= 0
     lowest = jnp.full(row, NO_KEY, jnp.int32)
     key = _search(
         lambda tries: count(ranked, tries),
-        _Search(
-            lowest, -lowest, jnp.zeros_like(n_drop), size, nothing | ~jnp.bool_(now)
-        ),
+        _Search(lowest, -lowest, jnp.zeros_like(n_drop), size, nothing | ~now),
         _Each(n_drop),
         jnp.broadcast_to(hint, row),
     )
@@ -215,18 +227,40 @@ def common_threshold(
       shape like that of ``hint``. Of scores equal to it, those of earlier segments are
       kept.
     """
-    row = (1, *most.shape)
-    weigh = np.broadcast_to(np.asarray(each, np.int32), row)
-    most = jnp.asarray(most, jnp.int32).reshape(row) * weigh
-    ranked = Ranked(scores, kept, tensors, segment_starts(tensors, _zero(most[0])))
+    return _common_threshold(
+        *apart(Ranked(scores, kept, tensors, ())),
+        n_drop,
+        jnp.asarray(most, jnp.int32),
+        jnp.asarray(NO_KEY if hint is None else hint, jnp.int32),
+        jnp.asarray(np.broadcast_to(np.asarray(each, np.int32), most.shape)),
+        None if group is None else tuple(group.tolist()),
+        jnp.bool_(now),
+    )
+
+
+@tracing.once(1, 6)
+def _common_threshold(
+    ranked: Ranked,
+    tensors: tuple[Tensor, ...],
+    n_drop: Wide,
+    most: jax.Array,
+    hint: jax.Array,
+    each: jax.Array,
+    of: tuple[int, ...] | None,
+    now: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    row, weigh = (1, *most.shape), each[None]
+    most = most.reshape(row) * weigh
+    ranked = ranked._replace(
+        tensors=tensors, starts=segment_starts(tensors, _zero(most[0]))
+    )
+    group = None if of is None else np.array(of)
     lowest, goal = jnp.full(row, NO_KEY, jnp.int32), _Together(n_drop, group)
     found = _search(
         lambda tries: jnp.minimum(count(ranked, tries) * weigh, most),
-        _Search(
-            lowest, -lowest, jnp.zeros_like(most), most, (most < 0) | ~jnp.bool_(now)
-        ),
+        _Search(lowest, -lowest, jnp.zeros_like(most), most, (most < 0) | ~now),
         goal,
-        jnp.asarray(NO_KEY if hint is None else hint, jnp.int32),
+        hint,
     )
     # Of an exact count everything is dropped, else of the ties at the threshold.
     count_low, ties = found.count_low[0], (found.count_high - found.count_low)[0]

@@ -30,6 +30,7 @@ def drop_at_zero(
       As :meth:`Allocation.n_drop`.
     """
     sizes, zero = counting.sizes(tensors), jnp.int32(0)
-    ranked = counting.Ranked(scores, kept, tensors, starts)
+    ranked, own = counting.apart(counting.Ranked(scores, kept, tensors, starts))
+    ranked = ranked._replace(tensors=own)
     below = counting.count(ranked, jnp.broadcast_to(zero, (1, len(sizes))))[0]
     return jnp.minimum(below, most_dropped(sizes, allocation)), zero

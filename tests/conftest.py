@@ -25,6 +25,10 @@ for _name, _value in _FLAGS.items():
 
 import jax  # noqa: E402
 
+from movement_jax import counting, selection  # noqa: E402
+
+jax.config.update("jax_traceback_in_locations_limit", 0)  # a twentieth of the time
+
 # Compilation makes first examples slow, and a seed makes failures repeatable. Where
 # there is time for many examples they are others each time, and what fails is printed
 # as a `@reproduce_failure` to put above the test.
@@ -32,6 +36,22 @@ settings.register_profile("fixed", deadline=None, derandomize=True, database=Non
 settings.register_profile("drawn", deadline=None, print_blob=True, database=None)
 _PROFILE = os.environ.get("MOVEMENT_JAX_PROFILE", "drawn" if SCALE >= 50 else "fixed")
 settings.load_profile(_PROFILE)
+
+
+@pytest.fixture
+def traced_anew(monkeypatch):
+    """For tests that change what programs are traced with, such as largest counts."""
+    once = [
+        function
+        for room in (counting, selection)
+        for function in vars(room).values()
+        if hasattr(function, "clear_cache") and function.__module__ == room.__name__
+    ]
+    for function in once:
+        function.clear_cache()
+    yield
+    for function in once:
+        function.clear_cache()
 
 
 # Compilers for a TPU and for a GPU, which only these extras install.

@@ -284,7 +284,9 @@ def numpy_by_layer(scores, sparsity, key):
     ],
 )
 @pytest.mark.parametrize("most", [2**31 - 1, 5])
-def test_every_layer_has_a_threshold_of_its_own(per, key, most, monkeypatch):
+def test_every_layer_has_a_threshold_of_its_own(
+    per, key, most, monkeypatch, traced_anew
+):
     monkeypatch.setattr("movement_jax.counting.MAX_COUNT", most)
     rng = np.random.default_rng(0)
     scores = [rng.integers(0, 6, s).astype(np.float32) for s in LAYERS.values()]

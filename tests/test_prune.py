@@ -111,6 +111,39 @@ def test_the_debugging_modes_of_jax_find_nothing(allocation):
     chex.assert_trees_all_equal(opt_state.masks, got[1].masks)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"allocation": mj.Global(per="[ab]")},
+        {"allocation": mj.ErdosRenyi(), "criterion": mj.Magnitude()},
+        {"structure": mj.Axis(-1)},
+        {"structure": mj.NM(2, 4)},
+        {"structure": mj.Block((2, 3)), "allocation": mj.Global()},
+    ],
+    ids=str,
+)
+def test_eager_code_is_compiled_once_for_all_sparsities(options, caplog):
+    rng = np.random.default_rng(0)
+    shapes = {"a": (5, 9), "b": (8, 4), "c": (5, 9)}
+    params = {
+        name: {"kernel": jnp.asarray(rng.normal(size=shape), jnp.float32)}
+        for name, shape in shapes.items()
+    }
+    tx = mj.movement_pruning(**options)
+    _, opt_state = jax.jit(tx.update)(params, tx.init(params), params)
+
+    def reports(sparsity):
+        state = mj.prune((params, opt_state), sparsity)
+        return str(mj.summary(state)) + str(mj.health(state)), mj.metrics(state)
+
+    first = reports(0.25)
+    with jax.log_compiles():
+        assert reports(0.5)[0] != first[0]
+        assert [r for r in caplog.messages if r.startswith("Finished XLA")] == []
+        jax.jit(lambda x: x + 1)(1.0)  # which is told
+        assert [r for r in caplog.messages if r.startswith("Finished XLA")]
+
+
 def test_every_member_of_an_ensemble_gets_its_own_sparsity():
     members = jax.tree.map(lambda p: jnp.stack([p, 2 * p, p[::-1]]), PARAMS)
     levels = jnp.array([0.5, 0.0, 1 / 3])

@@ -244,7 +244,7 @@ def test_bytes_are_shown_in_thousands(count, shown):
     assert _bytes(count) == shown
 
 
-def test_reports_count_a_large_tensor_as_a_whole(monkeypatch):
+def test_reports_count_a_large_tensor_as_a_whole(monkeypatch, traced_anew):
     monkeypatch.setattr("movement_jax.counting.MAX_COUNT", 50)
     weights = np.random.default_rng(0).normal(size=(4, 5, 6)).astype(np.float32)
     tx = mj.movement_pruning(None, mj.Magnitude(), allocation=mj.Global())

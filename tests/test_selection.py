@@ -152,7 +152,7 @@ def distributions(n=20_000):
 
 
 @pytest.fixture
-def passes(monkeypatch):
+def passes(monkeypatch, traced_anew):
     """How often scores were read, in each of both searches."""
     passes = {"count": 0, "count_ties": 0}
 

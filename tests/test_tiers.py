@@ -1,6 +1,8 @@
 import fnmatch
+import os
 import pathlib
 
+import jax
 import pytest
 import tiers
 
@@ -28,3 +30,15 @@ def test_only_what_is_not_kept_is_nightly():
     assert tiers.is_nightly(path, name, "1")
     assert not tiers.is_nightly(path, "another", "1")
     assert not tiers.is_nightly("another.py", name, "1")
+
+
+@pytest.mark.parametrize(
+    "optimized",
+    [
+        pytest.param(False, id="most tests"),
+        pytest.param(True, id="marked", marks=pytest.mark.computes),
+    ],
+)
+def test_machine_code_is_optimized_for_what_computes(optimized):
+    assert jax.config.values["jax_disable_most_optimizations"] != optimized
+    assert os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == str(int(not optimized))

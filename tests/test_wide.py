@@ -23,7 +23,7 @@ large = st.integers(0, 2**33)
 
 
 @pytest.fixture(params=BITS, autouse=True)
-def bits(request, monkeypatch):
+def bits(request, monkeypatch, traced_anew):
     monkeypatch.setattr(wide, "BITS", request.param)
 
 

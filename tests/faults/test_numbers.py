@@ -297,7 +297,7 @@ def test_A16_more_than_an_int32_counts_is_refused_by_name(subject):
         jax.eval_shape(lambda x: subject.keep(x, 0.5), scores)
 
 
-def test_A16_one_threshold_is_exact_where_counts_carry(monkeypatch):
+def test_A16_one_threshold_is_exact_where_counts_carry(monkeypatch, traced_anew):
     monkeypatch.setattr(counting, "MAX_COUNT", 20)
     monkeypatch.setattr(wide, "BITS", 3)
     tx = mj.movement_pruning(None, mj.Magnitude(), allocation=mj.Global(0))
