@@ -14,7 +14,7 @@ KEPT: dict[str, dict[str, tuple[str, ...]]] = {
         "test_F7_F8_no_flipped_bit_anywhere_is_loaded": ("0",),
     },
     "faults/test_hostile.py": {
-        "test_G1_G2_no_checkpoint_of_a_stranger_does_harm": ("0", "2"),
+        "test_G1_G2_no_checkpoint_of_a_stranger_does_harm": ("0",),
     },
     "faults/test_position.py": {
         "test_D3_right_orders_leave_exact_zeros_and_raise_no_alarm": (
@@ -36,8 +36,7 @@ KEPT: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "test_allocation.py": {
         "test_every_layer_has_a_threshold_of_its_own": (
-            *("2147483647-layer_*d+-*", "2147483647-.[*]-*"),
-            *("5-up|down-*", "5-blocks/-*"),
+            *("2147483647-layer_*d+-*", "2147483647-.[*]-*", "5-up|down-*"),
         ),
     },
     "test_contract.py": {
@@ -77,8 +76,7 @@ KEPT: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "test_multidevice.py": {
         "test_training_gives_the_masks_of_one_device_and_keeps_the_layout": (
-            *("auto-ema", "explicit-random"),
-            *("explicit, set-rigl", "explicit, set-soft"),
+            *("auto-ema", "explicit, set-rigl"),
         ),
         "test_one_threshold_over_all_tensors_is_that_of_a_sort": (
             *("auto-rows", "auto-layers", "explicit-columns", "explicit-both"),
@@ -93,7 +91,7 @@ KEPT: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "test_packing.py": {
-        "test_training_is_the_same_bit_for_bit": ("blocks", "soft", "exchanging"),
+        "test_training_is_the_same_bit_for_bit": ("exchanging",),
     },
     "test_position.py": {
         "test_before_an_optimizer_pruned_weights_are_still_driven_to_zero": (
@@ -109,15 +107,15 @@ KEPT: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "test_rounding.py": {
         "test_every_mesh_gives_the_bits_of_one_device": (
-            *("('x', 'y')-*Explicit-ema", "(None, *Explicit-ema, every 3"),
-            "('y',)-*Auto-taylor",
+            *("(None, *Explicit-ema, every 3", "('y',)-*Auto-taylor"),
         ),
-        "test_at_90_percent_nearly_the_same_weights_are_kept": (
-            *("0.01-0.9", "0.01-0.9999"),
-        ),
+        "test_a_restart_changes_no_bit": ("ema, every 3",),
+        "test_reports_read_them": ("taylor", "ema, every 3"),
+        "test_scores_take_two_bytes_a_weight_and_keep_their_dtype": ("bfloat16-*",),
+        "test_at_90_percent_nearly_the_same_weights_are_kept": ("0.01-0.9",),
     },
     "test_soft.py": {
-        "test_a_target_is_reached_on_handwritten_digits": (*("0.5-0.1", "0.97-0.1"),),
+        "test_a_target_is_reached_on_handwritten_digits": ("0.97-0.1",),
         "test_a_target_is_reached_on_generated_data": ("0.5", "0.97"),
         "test_equal_scores_do_not_make_it_miss_the_target": ("0.5",),
     },

@@ -213,9 +213,10 @@ def kill_trainings(n, seed=0):
     rng, run, kills, wrong = random.Random(seed), 0, 0, 0
     with tempfile.TemporaryDirectory() as root:
         expected = pathlib.Path(root, "expected")
-        start = time.monotonic()
-        assert ended(apart(train, pathlib.Path(root, "straight"), expected)) == 0
-        whole = time.monotonic() - start
+        for name in ("with programs to compile", "without"):
+            start = time.monotonic()
+            assert ended(apart(train, pathlib.Path(root, name), expected)) == 0
+            whole = time.monotonic() - start
         while kills < n:
             run += 1
             directory, digest = pathlib.Path(root, f"run{run}"), pathlib.Path(root, "d")
@@ -236,6 +237,21 @@ def main():
     parser.add_argument("--trainings", type=int, default=100, help="kills in trainings")
     parser.add_argument("--naive", type=int, help="kills at most, of other code only")
     args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as programs:
+        # What each process would compile anew. The first of all is not killed.
+        for name, value in {
+            "jax_compilation_cache_dir": programs,
+            "jax_persistent_cache_min_compile_time_secs": 0,
+            "jax_persistent_cache_min_entry_size_bytes": -1,
+        }.items():
+            jax.config.update(name, value)
+        with tempfile.TemporaryDirectory() as root:
+            assert ended(apart(check_saved, pathlib.Path(root, "run"), -1)) == 0
+        return kill_all(args)
+
+
+def kill_all(args):
+    """Kills what is asked for and prints the counts; how many are lost or wrong."""
     if args.naive:
         for way in NAIVE:
             kills, bad = kill_naive_saves(way, args.naive)
