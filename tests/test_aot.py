@@ -113,8 +113,8 @@ def test_whole_rows_and_units_leave_masks_alone_in_place(target, structure):
     "side, most",
     [
         pytest.param((4, 8), 2.1, id="4x8"),
-        pytest.param((16, 16), 1.1, id="16x16", marks=pytest.mark.nightly),
-        pytest.param((128, 128), 1.1, id="128x128", marks=pytest.mark.nightly),
+        pytest.param((16, 16), 1.1, id="16x16"),
+        pytest.param((128, 128), 1.1, id="128x128"),
     ],
 )
 def test_blocks_take_memory(target, side, most):
@@ -215,27 +215,9 @@ TEMP = {
 SUMS = {"v5e": 2**17, "h200": 2**19}
 
 
-@on(ONE)
-@pytest.mark.parametrize("form", ["packed", "Movement", "check_finite", "blocks"])
-def test_other_forms_of_the_train_step(target, form):
-    check_form(target, form)
-
-
-@on(FOUR)
-@pytest.mark.parametrize("form", ["2:4", "columns"])
-def test_other_forms_on_four_devices(target, form):
-    check_form(target, form)
-
-
-@pytest.mark.nightly
 @on(ONE + FOUR)
 @pytest.mark.parametrize("form", FORMS)
-def test_all_forms_on_one_and_four_devices(target, form):
-    check_form(target, form)
-
-
-@functools.cache
-def check_form(target, form):
+def test_other_forms_of_the_train_step(target, form):
     options = {"check_finite": False, "sparsity": 0.5, **FORMS[form]}
     tx = pruned_adamw(**options, regrow=form == "Movement")
     program = compiled(update(tx), tx, target, target.mesh(), shapes=KERNEL)
@@ -278,24 +260,9 @@ CRITERIA = {
 }
 
 
-USUAL = ["EmaMagnitude", "Global"]
-OTHERS = sorted(CRITERIA.keys() - set(USUAL))
-
-
 @on(ONE + FOUR)
-@pytest.mark.parametrize("form", USUAL)
+@pytest.mark.parametrize("form", CRITERIA)
 def test_in_no_shape_are_kernels_copied(target, form):
-    check_odd(target, form)
-
-
-@pytest.mark.nightly
-@on(ONE + FOUR)
-@pytest.mark.parametrize("form", OTHERS)
-def test_in_no_shape_are_kernels_copied_by_others(target, form):
-    check_odd(target, form)
-
-
-def check_odd(target, form):
     options = {"stacked": None, "check_finite": False, **CRITERIA[form]}
     tx = pruned_adamw(**options)
     program = compiled(update(tx), tx, target, target.mesh(), shapes=ODD)
@@ -445,8 +412,8 @@ def param_bytes(tree=SHAPES):
 BFLOAT16, EVERY_8 = {"scores_dtype": "bfloat16"}, {"score_every": 8}
 CHEAP = [
     pytest.param(mj.EmaMagnitude(**BFLOAT16, **EVERY_8), id="both"),
-    pytest.param(mj.EmaMagnitude(**BFLOAT16), id="bfloat16", marks=pytest.mark.nightly),
-    pytest.param(mj.EmaMagnitude(**EVERY_8), id="every 8", marks=pytest.mark.nightly),
+    pytest.param(mj.EmaMagnitude(**BFLOAT16), id="bfloat16"),
+    pytest.param(mj.EmaMagnitude(**EVERY_8), id="every 8"),
 ]
 
 
