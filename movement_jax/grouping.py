@@ -4,8 +4,7 @@ A tensor is cut into blocks by splitting its axes, ``(d,)`` into ``(d / b, b)``.
 that cuts along the boundaries between devices nothing moves but sums. Nothing is
 flattened or gathered, and only group scores are stored: ``1 / b`` of the tensor.
 
-What is called from elsewhere is traced once for all tensors of a shape, and compiled
-once in eager code.
+All is traced once for tensors of a shape, and compiled once in eager code.
 """
 
 import functools
@@ -36,7 +35,6 @@ def group_shape(shape: tuple[int, ...], block: tuple[int, ...]) -> tuple[int, ..
     return tuple(-(-d // b) for d, b in zip(shape, block))
 
 
-@tracing.once(1, 2)
 def group_scores(x: jax.Array, block: tuple[int, ...], reduce: Reduce) -> jax.Array:
     """The sum or mean of every block, the same bits on every sharding.
 
@@ -52,21 +50,25 @@ def group_scores(x: jax.Array, block: tuple[int, ...], reduce: Reduce) -> jax.Ar
     Returns:
       One score per block, float32; ``x`` itself for blocks of one.
     """
-    if math.prod(block) == 1:
-        return x
+    return x if math.prod(block) == 1 else _group_scores(x, block, reduce)
+
+
+@tracing.once(1, 2)
+def _group_scores(x: jax.Array, block: tuple[int, ...], reduce: Reduce) -> jax.Array:
     score = functools.partial(_score, reduce=reduce)
     return _by_parts(score, x.astype(jnp.float32), block)
 
 
-@tracing.once(1)
 def group_any(mask: jax.Array, block: tuple[int, ...]) -> jax.Array:
     """Whether a block has any True."""
-    if math.prod(block) == 1:
-        return mask
+    return mask if math.prod(block) == 1 else _group_any(mask, block)
+
+
+@tracing.once(1)
+def _group_any(mask: jax.Array, block: tuple[int, ...]) -> jax.Array:
     return _by_parts(_any, mask, block)
 
 
-@tracing.once(1)
 def spread(groups: jax.Array, block: tuple[int, ...], like: jax.Array) -> jax.Array:
     """Gives every member the value of its block.
 
@@ -75,8 +77,11 @@ def spread(groups: jax.Array, block: tuple[int, ...], like: jax.Array) -> jax.Ar
       block: its size along each axis.
       like: has the shape and the sharding of the result.
     """
-    if math.prod(block) == 1:
-        return groups
+    return groups if math.prod(block) == 1 else _spread(groups, block, like)
+
+
+@tracing.once(1)
+def _spread(groups: jax.Array, block: tuple[int, ...], like: jax.Array) -> jax.Array:
     # The last axis first: while there are few rows, since it is split at a price.
     for axis, (b, d) in reversed(list(enumerate(zip(block, like.shape)))):
         if b > 1 and groups.shape[axis] > 1:

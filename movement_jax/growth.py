@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from movement_jax import arguments
+from movement_jax import arguments, tracing
 from movement_jax.criteria import magnitude, seeded_noise
 
 
@@ -20,6 +20,11 @@ class GrowthState(NamedTuple):
     """
 
     step: jax.Array
+
+
+@tracing.once()
+def _noise_or_magnitude(first: jax.Array, key: jax.Array, weights: Any) -> Any:
+    return lax.cond(first, lambda w: seeded_noise(key, w), magnitude, weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +65,7 @@ class _DropAndGrow:
 
     def scores(self, state: GrowthState, params: Any) -> Any:
         """Noise until a step was made, so that masks begin at random; then ``|W|``."""
-        noise = jax.random.key(self.seed)
-        return lax.cond(
-            state.step == 0,
-            lambda weights: seeded_noise(noise, weights),
-            magnitude,
-            params,
-        )
+        return _noise_or_magnitude(state.step == 0, jax.random.key(self.seed), params)
 
     def exchange(self, step: jax.typing.ArrayLike) -> jax.Array:
         """Fraction of the kept weights that is exchanged at ``step``: mostly 0."""

@@ -25,7 +25,7 @@ for _name, _value in _FLAGS.items():
 
 import jax  # noqa: E402
 
-from movement_jax import counting, selection  # noqa: E402
+from movement_jax import counting, grouping, selection  # noqa: E402
 
 jax.config.update("jax_traceback_in_locations_limit", 0)  # a twentieth of the time
 
@@ -40,10 +40,13 @@ settings.load_profile(_PROFILE)
 
 @pytest.fixture
 def traced_anew(monkeypatch):
-    """For tests that change what programs are traced with, such as largest counts."""
+    """For tests that change what programs are traced with, such as largest counts.
+
+    Theirs are forgotten before `monkeypatch`, which comes first, ends.
+    """
     once = [
         function
-        for room in (counting, selection)
+        for room in (counting, grouping, selection)
         for function in vars(room).values()
         if hasattr(function, "clear_cache") and function.__module__ == room.__name__
     ]
@@ -82,9 +85,15 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_protocol(item):
-    """Most tests take longer to compile than to run: only some need fast code."""
+    """Most tests take longer to compile than to run: only some need fast code.
+
+    With MOVEMENT_JAX_OPTIMIZED=1 all have it, as users do.
+    """
     quickly = item.get_closest_marker("computes") is None
-    jax.config.update("jax_disable_most_optimizations", quickly)
+    quickly &= os.environ.get("MOVEMENT_JAX_OPTIMIZED") != "1"
+    if quickly != jax.config.values["jax_disable_most_optimizations"]:
+        jax.clear_caches()  # of programs made in the other way
+        jax.config.update("jax_disable_most_optimizations", quickly)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quickly))  # of processes
     yield
 

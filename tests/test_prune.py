@@ -119,6 +119,7 @@ def test_the_debugging_modes_of_jax_find_nothing(allocation):
         {"structure": mj.Axis(-1)},
         {"structure": mj.NM(2, 4)},
         {"structure": mj.Block((2, 3)), "allocation": mj.Global()},
+        pytest.param({"criterion": mj.RigL(100), "inner": optax.sgd(0.1)}, id="RigL"),
     ],
     ids=str,
 )

@@ -226,6 +226,13 @@ def test_windows_rank_as_everything_ranks(values, how, n_drop, kept):
     np.testing.assert_array_equal(got, windows(level, axis, m, n_drop))
 
 
+def test_single_weights_are_no_groups_and_are_not_copied():
+    x = jnp.ones((3, 4))
+    assert grouping.group_scores(x, (1, 1), "mean") is x
+    assert grouping.group_any(x, (1, 1)) is x
+    assert grouping.spread(x, (1, 1), x) is x
+
+
 MAGNITUDES = st.floats(-38, 37).map(lambda e: float(np.float32(10.0**e)))
 
 

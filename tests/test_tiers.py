@@ -40,5 +40,6 @@ def test_only_what_is_not_kept_is_nightly():
     ],
 )
 def test_machine_code_is_optimized_for_what_computes(optimized):
+    optimized |= os.environ.get("MOVEMENT_JAX_OPTIMIZED") == "1"
     assert jax.config.values["jax_disable_most_optimizations"] != optimized
     assert os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == str(int(not optimized))

@@ -47,7 +47,7 @@ KEPT: dict[str, dict[str, tuple[str, ...]]] = {
         "test_whole_rows_and_units_leave_masks_alone_in_place": ("axis-*", "*-h200 *"),
         "test_train_step_on_four_devices_exchanges_counts_only": ("*Explicit-*",),
         "test_train_step_on_four_devices_takes_no_memory": ("*Explicit-*",),
-        "test_prune_on_four_devices_exchanges_counts_only": ("*Explicit-*",),
+        "test_prune_on_four_devices_exchanges_counts_only": ("*Auto-*",),
         "test_prune_takes_hardly_more_memory_for_a_larger_model": ("h200 *",),
         "test_flax_train_step_updates_its_state_in_place": ("h200 *",),
         "test_blocks_take_memory": ("4x8-*",),
@@ -55,7 +55,7 @@ KEPT: dict[str, dict[str, tuple[str, ...]]] = {
             *("packed-* 1x1", "Movement-* 1x1", "check_finite-* 1x1", "blocks-* 1x1"),
             *("2:4-* 2x2", "columns-* 2x2"),
         ),
-        "test_in_no_shape_are_kernels_copied": ("EmaMagnitude-* 1x1",),
+        "test_in_no_shape_are_kernels_copied": ("EmaMagnitude-* 1x1", "Global-* 2x2"),
         "test_cheaper_scores_take_no_memory_either": ("both-*",),
         "test_a_billion_params_on_four_devices": ("prune-*", "*-h200 *"),
     },
@@ -96,14 +96,14 @@ KEPT: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "test_multidevice.py": {
         "test_training_gives_the_masks_of_one_device_and_keeps_the_layout": (
-            *("auto-ema", "explicit, set-rigl"),
+            *("auto-ema", "explicit, set-rigl", "explicit, set-soft"),
         ),
         "test_one_threshold_over_all_tensors_is_that_of_a_sort": (
             *("auto-rows", "auto-layers", "explicit-columns", "explicit-both"),
             *("explicit-replicated", "explicit-layers on all"),
         ),
         "test_thresholds_of_layers_are_those_of_one_device": ("explicit",),
-        "test_pruning_works_without_jit": ("explicit",),
+        "test_pruning_works_without_jit": ("auto",),
     },
     "test_multiprocess.py": {
         "test_what_two_processes_saved_is_restored_on_another_mesh": (
@@ -111,7 +111,7 @@ KEPT: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "test_packing.py": {
-        "test_training_is_the_same_bit_for_bit": ("exchanging",),
+        "test_training_is_the_same_bit_for_bit": ("regrow", "exchanging"),
     },
     "test_position.py": {
         "test_before_an_optimizer_pruned_weights_are_still_driven_to_zero": (
@@ -146,7 +146,7 @@ KEPT: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "test_structure.py": {
         "test_on_a_mesh_masks_are_those_of_one_device": ("explicit",),
-        "test_a_change_of_groups_moves_sums_and_counts_between_devices": ("explicit",),
+        "test_a_change_of_groups_moves_sums_and_counts_between_devices": ("auto",),
     },
 }
 

@@ -302,7 +302,7 @@ def test_F3_nothing_is_overwritten(tmp_path):
 @pytest.mark.slow
 @both(
     "overwriting deletes the last step first; a save not waited for is no save",
-    ours=["--saves", "6", "--trainings", "2"],
+    ours=["--saves", "6", "--trainings", "3"],
     naive=["--naive", "20"],
 )
 def test_F1_F2_killed_processes_lose_nothing(subject):
